@@ -135,16 +135,32 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
 
-    def add(self, seq_id: int, num_prompt_tokens: int, max_tokens: int) -> None:
-        """Puts a sequence at the end of the waiting queue.
+    def check(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Refuses a sequence that could never run to its end.
 
-        The last token is sampled but never fed back, so it needs prompt + max_tokens - 1 KV positions. CapacityError
-        where those exceed the model or the whole pool; RequestError for an empty prompt or max_tokens under 1.
+        The last token is sampled but never fed back, so it needs prompt + max_tokens - 1 KV positions.
+
+        Raises:
+          CapacityError: those exceed the model or the whole pool.
+          RequestError: an empty prompt, or max_tokens under 1.
         """
-        assert seq_id not in self._sequences, f"sequence {seq_id} is already scheduled"
         if num_prompt_tokens < 1 or max_tokens < 1:
             raise RequestError(f"prompt tokens={num_prompt_tokens}, max_tokens={max_tokens}; allowed: >= 1 of each")
-        self._check_capacity(num_prompt_tokens, max_tokens)
+        config = self.config
+        positions = num_prompt_tokens + max_tokens - 1
+        wanted = f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} need {positions} KV positions"
+        if positions > config.max_model_len:
+            raise CapacityError(f"{wanted}; allowed: <= {config.max_model_len} (max_model_len)")
+        if pages_for(positions, config.page_size) > config.num_pages:
+            in_pool = config.num_pages * config.page_size
+            raise CapacityError(
+                f"{wanted}; allowed: <= {in_pool} (the whole pool: {config.num_pages} pages of {config.page_size})"
+            )
+
+    def add(self, seq_id: int, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Puts a sequence at the end of the waiting queue. Raises what `check` raises."""
+        assert seq_id not in self._sequences, f"sequence {seq_id} is already scheduled"
+        self.check(num_prompt_tokens, max_tokens)
         seq = _Sequence(seq_id, self._num_added, num_prompt_tokens, num_prompt_tokens + max_tokens)
         self._num_added += 1
         self._sequences[seq_id] = self._waiting[seq_id] = seq
@@ -199,18 +215,6 @@ class Scheduler:
                 seq.aborted = True
                 return
         del self._sequences[seq_id]
-
-    def _check_capacity(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        config = self.config
-        positions = num_prompt_tokens + max_tokens - 1
-        wanted = f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} need {positions} KV positions"
-        if positions > config.max_model_len:
-            raise CapacityError(f"{wanted}; allowed: <= {config.max_model_len} (max_model_len)")
-        if pages_for(positions, config.page_size) > config.num_pages:
-            in_pool = config.num_pages * config.page_size
-            raise CapacityError(
-                f"{wanted}; allowed: <= {in_pool} (the whole pool: {config.num_pages} pages of {config.page_size})"
-            )
 
     # --- filling a microbatch
 
