@@ -1,0 +1,30 @@
+"""Partitioner: finds the attention of a plain causal model in its jaxpr, proves the rest token-wise, and cuts there."""
+
+from partition.compile import StageFunction, prepare_weights, stage_functions
+from partition.cut import Send, Stage
+from partition.errors import (
+    PartitionError,
+    TokenMixingError,
+    TraceError,
+    UnsupportedPrimitiveError,
+    UnsupportedSiteError,
+)
+from partition.plan import Plan, partition
+from partition.recognise import AttentionSpec, reference_attention
+
+__all__ = [
+    "AttentionSpec",
+    "PartitionError",
+    "Plan",
+    "Send",
+    "Stage",
+    "StageFunction",
+    "TokenMixingError",
+    "TraceError",
+    "UnsupportedPrimitiveError",
+    "UnsupportedSiteError",
+    "partition",
+    "prepare_weights",
+    "reference_attention",
+    "stage_functions",
+]

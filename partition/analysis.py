@@ -1,0 +1,242 @@
+"""Abstract interpretation over the token axis: which axes follow the tokens, and where two of them meet.
+
+Every value gets a kind (what it depends on) and one label per axis:
+
+    PLAIN      an ordinary axis
+    UNIFORM    an axis over the tokens along which the value is constant (the model broadcast it)
+    ROW        entry i belongs to token i (or, for position-only values, to position i)
+    Side(s)    one of the two token axes of a score of attention site s
+
+A product that pairs two token axes opens a site; a reduction over one of its sides (the key side) closes it and gives
+ROW again. Anything else that would combine, move or drop rows is refused, so what is left is token-wise.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from dataclasses import dataclass
+
+from partition.errors import TokenMixingError, UnsupportedSiteError
+from partition.jaxpr import Equation, Value
+from partition.rules import AxisMap, axis_map
+from partition.structure import producers
+from partition.trace import Traced
+
+
+class Kind(enum.IntEnum):
+    """What a value depends on; the kind of a result is the largest kind of its operands."""
+
+    CONSTANT = 0
+    POSITION = 1
+    TOKEN = 2
+
+
+class Axis(enum.Enum):
+    """Labels of an axis outside a site's scores."""
+
+    PLAIN = "plain"
+    UNIFORM = "uniform"
+    ROW = "row"
+
+
+@dataclass(frozen=True)
+class Side:
+    """Label of a score's token axis: side 0 or 1 of a site; which of them is the key side shows when it is reduced."""
+
+    site: int
+    side: int
+
+
+Label = Axis | Side
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one value."""
+
+    kind: Kind
+    labels: tuple[Label, ...]
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The score sides among the labels."""
+        return tuple(label for label in self.labels if isinstance(label, Side))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Facts of every value, and per site the equation that opened it and its key side (0 or 1)."""
+
+    traced: Traced
+    facts: dict[Value, Facts]
+    openings: tuple[Equation, ...]
+    key_sides: tuple[int, ...]
+
+    @functools.cached_property
+    def made_by(self) -> dict[Value, Equation]:
+        """The equation that makes each value."""
+        return producers(self.traced.program.equations)
+
+    @functools.cached_property
+    def users(self) -> dict[Value, list[Equation]]:
+        """The equations that read each value."""
+        found: dict[Value, list[Equation]] = {}
+        for eqn in self.traced.program.equations:
+            for value in eqn.inputs:
+                found.setdefault(value, []).append(eqn)
+        return found
+
+
+def analyse(traced: Traced) -> Analysis:
+    """Label every value of the program, and so prove all but the attention sites token-wise.
+
+    Raises:
+      TokenMixingError: an equation outside attention combines, moves or drops rows.
+      UnsupportedPrimitiveError: a primitive without a rule meets a token axis.
+      UnsupportedSiteError: an attention operator that has no single key side.
+    """
+    interpreter = _Interpreter(traced)
+    for eqn in traced.program.equations:
+        interpreter.step(eqn)
+    return interpreter.result()
+
+
+class _Interpreter:
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.rows = traced.rows
+        self.openings: list[Equation] = []
+        self.key_sides: dict[int, int] = {}
+        self.facts: dict[Value, Facts] = {}
+        for value in traced.weights:
+            self.facts[value] = Facts(Kind.CONSTANT, (Axis.PLAIN,) * len(value.shape))
+        self.facts[traced.tokens] = Facts(Kind.TOKEN, self._by_size(traced.tokens))
+        self.facts[traced.positions] = Facts(Kind.POSITION, self._by_size(traced.positions))
+        for value in traced.program.constants:
+            kind = Kind.POSITION if self.rows in value.shape else Kind.CONSTANT
+            self.facts[value] = Facts(kind, self._by_size(value))
+
+    def _by_size(self, value: Value) -> tuple[Label, ...]:
+        return tuple(Axis.ROW if size == self.rows else Axis.PLAIN for size in value.shape)
+
+    def result(self) -> Analysis:
+        for value in self.traced.program.outputs:
+            if self.facts[value].sides or self.facts[value].kind is not Kind.TOKEN:
+                raise TokenMixingError(f"the logits {value.shape} are not one row per token")
+        for site, eqn in enumerate(self.openings):
+            if site not in self.key_sides:
+                raise UnsupportedSiteError(f"the scores made at {eqn.where} are never reduced over their keys")
+        return Analysis(
+            traced=self.traced,
+            facts=self.facts,
+            openings=tuple(self.openings),
+            key_sides=tuple(self.key_sides[site] for site in range(len(self.openings))),
+        )
+
+    def step(self, eqn: Equation) -> None:
+        operands = [self.facts[value] for value in eqn.inputs]
+        kind = max((facts.kind for facts in operands), default=Kind.CONSTANT)
+        if eqn.primitive == "iota":
+            kind, labels = self._iota(eqn)
+        elif self._is_plain(eqn, operands):
+            labels = None
+        else:
+            labels = self._transfer(eqn, operands, kind)
+        for value in eqn.outputs:
+            self.facts[value] = Facts(kind, (Axis.PLAIN,) * len(value.shape) if labels is None else labels)
+
+    def _is_plain(self, eqn: Equation, operands: list[Facts]) -> bool:
+        """Nothing but weights and constants, and no token axis: any primitive will do."""
+        touches = any(label is not Axis.PLAIN for facts in operands for label in facts.labels)
+        makes = any(self.rows in value.shape for value in eqn.outputs)
+        return not touches and not makes and all(facts.kind is Kind.CONSTANT for facts in operands)
+
+    def _iota(self, eqn: Equation) -> tuple[Kind, tuple[Label, ...]]:
+        dimension = eqn.params["dimension"]
+        shape = eqn.outputs[0].shape
+        labels: list[Label] = [Axis.UNIFORM if size == self.rows else Axis.PLAIN for size in shape]
+        if shape[dimension] != self.rows:
+            return Kind.CONSTANT, tuple(labels)
+        labels[dimension] = Axis.ROW
+        return Kind.POSITION, tuple(labels)
+
+    def _transfer(self, eqn: Equation, operands: list[Facts], kind: Kind) -> tuple[Label, ...]:
+        axes = axis_map(eqn)
+        self._refuse_mixing(eqn, operands, axes)
+        self._close_sites(eqn, operands, axes)
+        labels, token_rows = self._join(eqn, operands, axes)
+        return self._settle(eqn, labels, token_rows, kind)
+
+    def _refuse_mixing(self, eqn: Equation, operands: list[Facts], axes: AxisMap) -> None:
+        for index, facts in enumerate(operands):
+            if any(facts.labels[axis] is not Axis.PLAIN for axis in axes.mixed_axes(index)):
+                raise _mixes(eqn, "moves, drops or combines rows along the token axis")
+
+    def _close_sites(self, eqn: Equation, operands: list[Facts], axes: AxisMap) -> None:
+        paired: set[tuple[int, int]] = set()
+        for lhs, rhs in axes.paired:
+            paired |= {(0, lhs), (1, rhs)}
+            self._close_pair(eqn, operands, operands[0].labels[lhs], operands[1].labels[rhs])
+        for index, facts in enumerate(operands):
+            for axis in axes.reduced_axes(index):
+                if (index, axis) in paired or facts.labels[axis] is Axis.PLAIN:
+                    continue
+                self._reduce_side(eqn, facts.labels[axis])
+
+    def _close_pair(self, eqn: Equation, operands: list[Facts], lhs: Label, rhs: Label) -> None:
+        if lhs is Axis.PLAIN and rhs is Axis.PLAIN:
+            return
+        sides = [label for label in (lhs, rhs) if isinstance(label, Side)]
+        if len(sides) != 1 or Axis.ROW not in (lhs, rhs) or min(facts.kind for facts in operands) is not Kind.TOKEN:
+            raise _mixes(eqn, "contracts the token axis outside an attention site")
+        self._reduce_side(eqn, sides[0])
+
+    def _reduce_side(self, eqn: Equation, label: Label) -> None:
+        if not isinstance(label, Side):
+            raise _mixes(eqn, "reduces over the token axis")
+        if self.key_sides.setdefault(label.site, label.side) != label.side:
+            raise UnsupportedSiteError(
+                f"'{eqn.primitive}' at {eqn.where} reduces the scores made at {self.openings[label.site].where} "
+                "over their query side; only reductions over the keys are allowed"
+            )
+
+    def _join(self, eqn: Equation, operands: list[Facts], axes: AxisMap) -> tuple[list[Label], set[int]]:
+        shape = eqn.outputs[0].shape
+        labels: list[Label] = [Axis.UNIFORM if size == self.rows else Axis.PLAIN for size in shape]
+        token_rows: set[int] = set()
+        for facts, targets in zip(operands, axes.to_output, strict=True):
+            for label, out in zip(facts.labels, targets, strict=True):
+                if out is None or label in (Axis.PLAIN, Axis.UNIFORM):
+                    continue
+                labels[out] = self._join_label(eqn, labels[out], label)
+                if facts.kind is Kind.TOKEN:
+                    token_rows.add(out)
+        return labels, token_rows
+
+    def _join_label(self, eqn: Equation, old: Label, new: Label) -> Label:
+        if isinstance(old, Side) and isinstance(new, Side) and old != new:
+            raise UnsupportedSiteError(f"'{eqn.primitive}' at {eqn.where} combines the scores of two attention sites")
+        return old if isinstance(old, Side) else new
+
+    def _settle(self, eqn: Equation, labels: list[Label], token_rows: set[int], kind: Kind) -> tuple[Label, ...]:
+        """One token axis: a row. Two: a score, of a new site if neither is a side yet. More: refused."""
+        rows = [axis for axis, label in enumerate(labels) if label is Axis.ROW]
+        sides = [axis for axis, label in enumerate(labels) if isinstance(label, Side)]
+        if kind is not Kind.TOKEN or len(rows) + len(sides) <= 1:
+            return tuple(Axis.ROW if isinstance(label, Side) else label for label in labels)
+        if not sides and len(rows) == 2 and token_rows.issuperset(rows):
+            site = len(self.openings)
+            self.openings.append(eqn)
+            labels[rows[0]], labels[rows[1]] = Side(site, 0), Side(site, 1)
+            return tuple(labels)
+        if len(sides) == 2 and not rows and labels[sides[0]].site == labels[sides[1]].site:  # type: ignore[union-attr]
+            return tuple(labels)
+        raise _mixes(eqn, "lets more than one token axis meet other than as the scores of one attention site")
+
+
+def _mixes(eqn: Equation, what: str) -> TokenMixingError:
+    shapes = ", ".join(str(value.shape) for value in eqn.inputs)
+    return TokenMixingError(
+        f"'{eqn.primitive}' of {shapes} at {eqn.where} {what}; outside attention every operation must be token-wise"
+    )

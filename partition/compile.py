@@ -1,0 +1,119 @@
+"""Turns the stages of a plan into functions of arrays, and weights into what the stages take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from partition.analysis import Analysis, Axis, Kind
+from partition.cut import Stage
+from partition.jaxpr import Equation, Value
+from partition.plan import Plan, row_shape
+from partition.rules import resized_params
+from partition.structure import closure
+
+
+def prepare_weights(plan: Plan, params: Any) -> dict[Value, jax.Array]:
+    """Everything that the stages read besides rows: weights, values made of weights alone, and position tables.
+
+    Args:
+      params: the pytree that the plan was made from, with arrays.
+    Returns:
+      an array for each external of each stage; position tables have `plan.max_rows` rows along their row axis.
+    """
+    traced = plan.analysis.traced
+    env: dict[Value, Any] = dict(zip(traced.weights, jax.tree.leaves(params), strict=True))
+    env.update({value: jnp.asarray(array) for value, array in plan.constants.items()})
+    env[traced.positions] = jnp.arange(plan.max_rows, dtype=jnp.int32).reshape(
+        row_shape(traced.positions, traced.rows, plan.max_rows)
+    )
+    wanted = dict.fromkeys(value for stage in plan.stages for value in stage.externals)
+    needed = closure(wanted, plan.analysis.made_by, lambda value: value not in env)
+    for eqn in traced.program.equations:
+        if eqn in needed:
+            args = [env[value] for value in eqn.inputs]
+            positions = jnp.arange(plan.max_rows, dtype=jnp.int32)
+            env.update(zip(eqn.outputs, _evaluate(plan.analysis, eqn, args, positions), strict=True))
+    return {value: env[value] for value in wanted}
+
+
+@dataclass(frozen=True, eq=False)
+class StageFunction:
+    """A stage as a function of arrays, for any number of rows R.
+
+    (externals, tokens [R] int32, positions [R] int32, reads) -> (writes, sends): reads, writes are in the model's own
+    layout with T replaced by R, but a site's output comes, and q, k, v go, as [R, heads, dim].
+    """
+
+    plan: Plan
+    stage: Stage
+
+    def __call__(
+        self, externals: Sequence[jax.Array], tokens: jax.Array, positions: jax.Array, reads: Sequence[jax.Array]
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        env = self._inputs(externals, tokens, positions, reads)
+        for eqn in self.stage.equations:
+            args = [env[value] for value in eqn.inputs]
+            env.update(zip(eqn.outputs, _evaluate(self.plan.analysis, eqn, args, positions), strict=True))
+        writes = tuple(env[value] for value in self.stage.writes)
+        return writes, tuple(send.layout.to_canonical(env[send.value]) for send in self.stage.sends)
+
+    def _inputs(
+        self, externals: Sequence[jax.Array], tokens: jax.Array, positions: jax.Array, reads: Sequence[jax.Array]
+    ) -> dict[Value, Any]:
+        traced = self.plan.analysis.traced
+        env: dict[Value, Any] = dict(traced.program.constants)
+        env[traced.tokens] = tokens.reshape(row_shape(traced.tokens, traced.rows, tokens.shape[0]))
+        env[traced.positions] = positions.reshape(row_shape(traced.positions, traced.rows, tokens.shape[0]))
+        for value, array in zip(self.stage.externals, externals, strict=True):
+            env[value] = self._gathered(value, array, positions)
+        outputs = {value: item for item in self.plan.sites for value in item.site.outputs}
+        for value, array in zip(self.stage.reads, reads, strict=True):
+            env[value] = outputs[value].out.from_canonical(array) if value in outputs else array
+        return env
+
+    def _gathered(self, value: Value, array: jax.Array, positions: jax.Array) -> jax.Array:
+        facts = self.plan.analysis.facts[value]
+        if facts.kind is not Kind.POSITION:
+            return array
+        return jnp.take(array, positions, axis=facts.labels.index(Axis.ROW), mode="clip")
+
+    def select(
+        self,
+        externals: Sequence[jax.Array],
+        tokens: jax.Array,
+        positions: jax.Array,
+        reads: Sequence[jax.Array],
+        chosen: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        """The stage's writes for the rows `chosen` [S] int32 only: all is token-wise, so rows may be dropped first."""
+        kept = [jnp.take(array, chosen, axis=self._row_axis(value)) for value, array in zip(self.stage.reads, reads, strict=True)]
+        return self(externals, tokens[chosen], positions[chosen], kept)[0]
+
+    def _row_axis(self, value: Value) -> int:
+        if any(value in item.site.outputs for item in self.plan.sites):
+            return 0
+        return self.plan.analysis.facts[value].labels.index(Axis.ROW)
+
+
+def _evaluate(analysis: Analysis, eqn: Equation, args: list[Any], positions: jax.Array) -> list[Any]:
+    """One equation at another number of rows; every traced axis of `rows` entries becomes `len(positions)`."""
+    traced_rows, rows = analysis.traced.rows, positions.shape[0]
+    shape = row_shape(eqn.outputs[0], traced_rows, rows)
+    if eqn.primitive == "iota" and eqn.outputs[0].shape[eqn.params["dimension"]] == traced_rows:
+        row = positions.astype(eqn.outputs[0].dtype)
+        return [jax.lax.broadcast_in_dim(row, shape, (eqn.params["dimension"],))]
+    return eqn.evaluate(args, resized_params(eqn, shape))
+
+
+def stage_functions(plan: Plan, wrap: Callable[[StageFunction], Any]) -> list[Any]:
+    """`wrap(function)` of every stage, called once for all structurally equal stages (so that they share executables)."""
+    made: dict[str, Any] = {}
+    for stage in plan.stages:
+        if stage.key not in made:
+            made[stage.key] = wrap(StageFunction(plan, stage))
+    return [made[stage.key] for stage in plan.stages]

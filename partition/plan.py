@@ -1,0 +1,146 @@
+"""The plan: stages, sites and weights of a partitioned model. Frozen, printable; no devices, no arrays but constants."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from partition.analysis import Analysis, analyse
+from partition.cut import Stage, constants_of, cut, size_bytes
+from partition.jaxpr import Value
+from partition.recognise import AttentionSpec, Recognised, recognise
+from partition.sites import Site, find_sites
+from partition.trace import CausalFunction, check_any_rows, trace_causal
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Plan:
+    """Stage 0, site 0, stage 1, site 1 ... stage L: a cached decoder derived from a plain causal forward pass.
+
+    stages: L + 1 dense stages. sites: L recognised attention sites.
+    max_rows: the longest sequence (position tables have that many rows).
+    """
+
+    analysis: Analysis
+    stages: tuple[Stage, ...]
+    sites: tuple[Recognised, ...]
+    max_rows: int
+
+    @property
+    def specs(self) -> tuple[AttentionSpec, ...]:
+        """One attention description per site."""
+        return tuple(item.spec for item in self.sites)
+
+    @property
+    def constants(self) -> Mapping[Value, Any]:
+        """Captured arrays by value."""
+        return constants_of(self.analysis)
+
+    @property
+    def vocab_size(self) -> int:
+        """Length of a row of logits."""
+        return self.analysis.traced.program.outputs[0].shape[-1]
+
+    @property
+    def num_dense_executables(self) -> int:
+        """Dense executables per bucket of rows: structurally equal stages share one."""
+        return len({stage.key for stage in self.stages})
+
+    @property
+    def num_attention_executables(self) -> int:
+        """Attention executables per shape of call."""
+        return len(set(self.specs))
+
+    def row_bytes(self, value: Value) -> int:
+        """Bytes of one row of a token value."""
+        return size_bytes(value) // self.analysis.traced.rows
+
+    def weight_bytes(self, stage: Stage) -> int:
+        """Bytes of what a stage reads besides rows, as traced (tables at the traced number of rows)."""
+        return sum(size_bytes(value) for value in stage.externals)
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of cached keys and values per token over all sites, for elements of `itemsize` bytes."""
+        return sum(spec.num_kv_heads * (spec.head_dim + spec.v_head_dim) for spec in self.specs) * itemsize
+
+    def __repr__(self) -> str:
+        return "\n".join([self._headline(), *self._stage_lines()])
+
+    def _headline(self) -> str:
+        equations = len(self.analysis.traced.program.equations)
+        return (
+            f"Plan: {len(self.stages)} dense stages and {len(self.sites)} attention sites from {equations} equations; "
+            f"{self.num_dense_executables} dense + {self.num_attention_executables} attention executables per bucket of rows"
+        )
+
+    def _stage_lines(self) -> list[str]:
+        lines = []
+        for _, group in itertools.groupby(self.stages, key=lambda stage: (stage.key, self._spec_after(stage))):
+            same = list(group)
+            name = f"stage {same[0].index}" if len(same) == 1 else f"stages {same[0].index}..{same[-1].index}"
+            lines.append(f"  {name}: {self._describe(same[0])}")
+            spec = self._spec_after(same[0])
+            if spec is not None:
+                last = same[-1].index
+                where = f"site {same[0].index}" if len(same) == 1 else f"sites {same[0].index}..{last}"
+                lines.append(f"  {where}: {_describe_spec(spec)}")
+        return lines
+
+    def _spec_after(self, stage: Stage) -> AttentionSpec | None:
+        return self.sites[stage.index].spec if stage.index < len(self.sites) else None
+
+    def _describe(self, stage: Stage) -> str:
+        carried = sum(self.row_bytes(value) for value in stage.writes)
+        sent = {send.role: self.row_bytes(send.value) for send in stage.sends}
+        down = ", ".join(f"{role} {count}" for role, count in sent.items())
+        parts = [f"{len(stage.equations)} equations", f"weights {self.weight_bytes(stage) / 1e6:.2f} MB"]
+        parts.append(f"keeps {carried} B/row" if stage.sends else f"gives {carried} B/row of logits")
+        if down:
+            parts.append(f"sends {sum(sent.values())} B/row ({down})")
+        return ", ".join(parts)
+
+
+def _describe_spec(spec: AttentionSpec) -> str:
+    parts = [f"{spec.num_heads} heads over {spec.num_kv_heads} kv heads of {spec.head_dim}"]
+    if spec.v_head_dim != spec.head_dim:
+        parts.append(f"values of {spec.v_head_dim}")
+    parts.append(f"scale {spec.scale:.6g}")
+    parts.append("full causal" if spec.window is None else f"sliding window {spec.window}")
+    if spec.softcap is not None:
+        parts.append(f"soft cap {spec.softcap:g}")
+    return ", ".join(parts)
+
+
+def partition(fn: CausalFunction, params: Any, *, max_rows: int) -> Plan:
+    """Find the attention of a causal language model, prove the rest token-wise, and cut there.
+
+    Args:
+      fn: `fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab]`, a plain forward pass.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read.
+      max_rows: the longest sequence that will be asked for.
+
+    Raises:
+      PartitionError: what cannot be partitioned, with the primitive and the model's source line.
+    """
+    traced = trace_causal(fn, params, max_rows=max_rows)
+    analysis = analyse(traced)
+    check_any_rows(fn, params, traced, max_rows=max_rows)
+    recognised: dict[str, Recognised] = {}
+    sites = tuple(_recognise_once(analysis, site, recognised, max_rows) for site in find_sites(analysis))
+    return Plan(analysis=analysis, stages=cut(analysis, sites), sites=sites, max_rows=max_rows)
+
+
+def _recognise_once(analysis: Analysis, site: Site, known: dict[str, Recognised], max_rows: int) -> Recognised:
+    """Sites with equal keys compute the same function, so the probes run once for all of them."""
+    if site.key not in known:
+        known[site.key] = recognise(analysis, site, max_rows=max_rows)
+    twin = known[site.key]
+    return Recognised(site=site, spec=twin.spec, q=twin.q, k=twin.k, v=twin.v, out=twin.out)
+
+
+def row_shape(value: Value, traced_rows: int, rows: int) -> tuple[int, ...]:
+    """The shape of a token value for another number of rows."""
+    return tuple(rows if size == traced_rows else size for size in value.shape)
+

@@ -1,0 +1,61 @@
+"""When are two pieces of a program the same computation? Equal keys share one executable and one recognition."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from partition.jaxpr import Equation, Value
+
+
+def producers(equations: Iterable[Equation]) -> dict[Value, Equation]:
+    """The equation that makes each value."""
+    return {value: eqn for eqn in equations for value in eqn.outputs}
+
+
+def closure(
+    roots: Iterable[Value], made_by: Mapping[Value, Equation], wanted: Callable[[Value], bool]
+) -> set[Equation]:
+    """All equations that `roots` need, following only values that are `wanted`."""
+    found: set[Equation] = set()
+    stack = list(roots)
+    while stack:
+        value = stack.pop()
+        eqn = made_by.get(value)
+        if eqn is None or eqn in found or not wanted(value):
+            continue
+        found.add(eqn)
+        stack.extend(eqn.inputs)
+    return found
+
+
+def structure_key(
+    equations: Sequence[Equation],
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    constants: Mapping[Value, Any],
+    note: str = "",
+) -> str:
+    """Hash of a piece of program up to renaming: same primitives, parameters, shapes, wiring and constants."""
+    digest = hashlib.sha256(note.encode())
+    numbers = {value: index for index, value in enumerate(inputs)}
+
+    def number(value: Value) -> int:
+        if value not in numbers:
+            numbers[value] = len(numbers)
+            if value in constants:
+                array = np.asarray(constants[value])
+                digest.update(f"const {array.shape} {array.dtype}".encode() + array.tobytes())
+        return numbers[value]
+
+    for value in inputs:
+        digest.update(f"in {value.shape} {value.dtype};".encode())
+    for eqn in equations:
+        names = [number(value) for value in eqn.inputs] + [number(value) for value in eqn.outputs]
+        shapes = [(value.shape, str(value.dtype)) for value in eqn.outputs]
+        digest.update(f"{eqn.primitive} {sorted(eqn.params.items(), key=lambda p: p[0])} {names} {shapes};".encode())
+    digest.update(str([number(value) for value in outputs]).encode())
+    return digest.hexdigest()

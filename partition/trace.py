@@ -1,0 +1,166 @@
+"""From a function of `[1, T]` tokens to a traced program whose T axes are recognisable, at any T."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partition.errors import TraceError
+from partition.jaxpr import Program, Value, trace
+from partition.rules import resized_params
+
+# fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab]
+CausalFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+_LARGEST_TRACE_ROWS = 1021
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """The program at `rows` tokens. Every dimension equal to `rows` is the token axis or counts tokens.
+
+    position_tables: captured arrays with a token axis (say `np.arange(T)`), here for positions 0 .. max_rows-1.
+    """
+
+    program: Program
+    rows: int
+    weights: tuple[Value, ...]
+    weight_names: tuple[str, ...]
+    tokens: Value
+    positions: Value
+    position_tables: dict[Value, Any]
+
+
+def trace_causal(fn: CausalFunction, params: Any, *, max_rows: int) -> Traced:
+    """Trace `fn` at a number of rows that no weight has as a dimension.
+
+    Args:
+      fn: `fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab]`.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      max_rows: the longest sequence that will ever be asked for (bounds position tables).
+
+    Raises:
+      TraceError: not traceable, or no logits per token come out.
+    """
+    leaves = jax.tree.leaves(params)
+    rows = _unlike_dimensions(params, max_rows)[0]
+    program = _trace_at(fn, params, rows)
+    _check_output(program, rows)
+    count = len(leaves)
+    return Traced(
+        program=program,
+        rows=rows,
+        weights=program.inputs[:count],
+        weight_names=tuple(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)),
+        tokens=program.inputs[count],
+        positions=program.inputs[count + 1],
+        position_tables=_position_tables(fn, params, program, rows, max_rows),
+    )
+
+
+def _trace_at(fn: CausalFunction, params: Any, rows: int) -> Program:
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
+    return trace(fn, abstract, tokens, tokens)
+
+
+def check_any_rows(fn: CausalFunction, params: Any, traced: Traced, *, max_rows: int) -> None:
+    """Prove that the program at any number of rows is the traced one resized, by tracing at a second number.
+
+    Raises:
+      TraceError: what the model computes depends on the number of tokens itself.
+    """
+    other = _unlike_dimensions(params, max_rows)[1]
+    _check_resized(traced.program, traced.rows, _trace_at(fn, params, other), other)
+
+
+def _unlike_dimensions(params: Any, max_rows: int) -> tuple[int, int]:
+    """Two primes that no weight has as a dimension, so that an axis of that size must be a token axis."""
+    taken = {dimension for leaf in jax.tree.leaves(params) for dimension in leaf.shape}
+    candidates = (p for p in _primes_below(min(max_rows, _LARGEST_TRACE_ROWS) + 1) if p not in taken)
+    first, second = next(candidates, None), next(candidates, None)
+    if first is None or second is None:
+        raise TraceError(f"max_model_len {max_rows} is too short to trace the model; at least 16 is needed")
+    return first, second
+
+
+def _primes_below(limit: int) -> Iterator[int]:
+    for number in range(limit - 1, 6, -1):
+        if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
+            yield number
+
+
+def _check_output(program: Program, rows: int) -> None:
+    shapes = [value.shape for value in program.outputs]
+    if len(shapes) != 1 or shapes[0][:-1] not in ((rows,), (1, rows)):
+        raise TraceError(
+            f"the model must return logits [1, T, vocab]; for T={rows} it returned {shapes or 'nothing'}"
+        )
+
+
+def _check_resized(small: Program, rows: int, large: Program, other: int) -> None:
+    if len(small.equations) != len(large.equations):
+        raise TraceError(
+            f"the model computes differently for {rows} tokens ({len(small.equations)} equations) "
+            f"and for {other} ({len(large.equations)})"
+        )
+
+    def resized(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(other if size == rows else size for size in shape)
+
+    for a, b in zip(small.equations, large.equations, strict=True):
+        same = a.primitive == b.primitive and all(
+            resized(x.shape) == y.shape and x.dtype == y.dtype
+            for x, y in zip((*a.inputs, *a.outputs), (*b.inputs, *b.outputs), strict=True)
+        )
+        if same and not _carries_code(a):
+            same = repr(resized_params(a, b.outputs[0].shape)) == repr(b.params)
+        if not same or not _same_constants(small, a.inputs, large, b.inputs, rows):
+            raise TraceError(
+                f"'{a.primitive}' at {a.where} depends on the number of tokens in the call; "
+                "what a token gets may depend on its position only"
+            )
+
+
+def _carries_code(eqn: Any) -> bool:
+    """Loops and branches print their bodies with the token count inside; they have no rule and are refused later."""
+    return any("jaxpr" in name or name == "branches" for name in eqn.params)
+
+
+def _same_constants(
+    small: Program, small_inputs: tuple[Value, ...], large: Program, large_inputs: tuple[Value, ...], rows: int
+) -> bool:
+    for x, y in zip(small_inputs, large_inputs, strict=True):
+        if x not in small.constants and y not in large.constants:
+            continue
+        if x not in small.constants or y not in large.constants:
+            return False
+        a, b = np.asarray(small.constants[x]), np.asarray(large.constants[y])
+        window = tuple(slice(0, min(n, m)) for n, m in zip(a.shape, b.shape, strict=True))
+        if not np.array_equal(a[window], b[window], equal_nan=a.dtype.kind in "fc"):
+            return False
+    return True
+
+
+def _position_tables(
+    fn: CausalFunction, params: Any, program: Program, rows: int, max_rows: int
+) -> dict[Value, Any]:
+    """Captured arrays with a token axis, re-captured at the largest number of rows."""
+    tables = [value for value in program.constants if rows in value.shape]
+    if not tables:
+        return {}
+    square = [value.shape for value in tables if value.shape.count(rows) > 1]
+    if square:
+        raise TraceError(
+            f"the model captures an array with two token axes, {square[0]}, while it is traced (a mask made with NumPy?); "
+            "make it with jax.numpy inside the call"
+        )
+    at_most = _trace_at(fn, params, max_rows)
+    order = {value: index for index, value in enumerate(program.constants)}
+    captured = list(at_most.constants.values())
+    return {value: captured[order[value]] for value in tables}
