@@ -1,0 +1,81 @@
+"""A Decoder from a Hugging Face folder: config.json and *.safetensors, one file or sharded by an index."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from models.files import read_json
+from models.weights import read_decoder, tensor_names
+
+DTYPES = ("F32", "F16", "BF16", "F64")
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def load_hf_decoder(folder: Path, config: DecoderConfig, *, dtype: str) -> Decoder:
+    """Reads every tensor into a module; a missing, surplus or misshapen tensor is an error with its name."""
+    with contextlib.ExitStack() as stack:
+        owners = {name: (path, file) for path, file in _open_all(folder, stack) for name in file.keys()}
+        _refuse_surplus(owners, config)
+
+        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            if name not in owners:
+                raise ModelFormatError(f"{folder}: tensor {name!r} of shape {shape} is missing")
+            path, file = owners[name]
+            _check(path, file, name, shape)
+            return file.get_tensor(name)
+
+        return read_decoder(config, read, dtype=dtype)
+
+
+def _open_all(folder: Path, stack: contextlib.ExitStack) -> Iterator[tuple[Path, Any]]:
+    for path in weight_files(folder):
+        try:
+            # opening checks the header's length and that the tensors tile the file exactly
+            yield path, stack.enter_context(safe_open(path, framework="numpy"))
+        except FileNotFoundError as error:
+            raise ModelNotFoundError(f"{path}: no such file, though {_INDEX} names it") from error
+        except (SafetensorError, OSError) as error:
+            raise ModelFormatError(f"{path}: not a sound safetensors file ({error})") from error
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a folder, by its index where it has one."""
+    if not (folder / _INDEX).exists():
+        if not (folder / _SINGLE).exists():
+            raise ModelNotFoundError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there")
+        return (folder / _SINGLE,)
+    weight_map = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFormatError(f"{folder / _INDEX}: the key 'weight_map' must be an object, not {weight_map!r}")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name:  # an index must not lead out of its folder
+            raise ModelFormatError(f"{folder / _INDEX}: {name!r} is not a plain file name")
+    return tuple(folder / name for name in names)
+
+
+def _refuse_surplus(owners: Mapping[str, tuple[Path, Any]], config: DecoderConfig) -> None:
+    used = tensor_names(config) | {"lm_head.weight"}  # a tied model may carry its head a second time
+    for name in sorted(owners):
+        if name not in used and not name.endswith(".rotary_emb.inv_freq"):
+            path, _ = owners[name]
+            raise UnsupportedModelError(f"{path}: tensor {name!r} has no place in a {config.model_type} decoder")
+
+
+def _check(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> None:
+    view = file.get_slice(name)
+    if tuple(view.get_shape()) != shape:
+        raise ModelFormatError(
+            f"{path}: tensor {name!r} has shape {tuple(view.get_shape())}, the config needs {shape}"
+        )
+    if view.get_dtype() not in DTYPES:
+        raise UnsupportedModelError(f"{path}: tensor {name!r} has dtype {view.get_dtype()}; allowed: {DTYPES}")
