@@ -91,7 +91,10 @@ class StageFunction:
         chosen: jax.Array,
     ) -> tuple[jax.Array, ...]:
         """The stage's writes for the rows `chosen` [S] int32 only: all is token-wise, so rows may be dropped first."""
-        kept = [jnp.take(array, chosen, axis=self._row_axis(value)) for value, array in zip(self.stage.reads, reads, strict=True)]
+        kept = [
+            jnp.take(array, chosen, axis=self._row_axis(value))
+            for value, array in zip(self.stage.reads, reads, strict=True)
+        ]
         return self(externals, tokens[chosen], positions[chosen], kept)[0]
 
     def _row_axis(self, value: Value) -> int:
@@ -111,7 +114,7 @@ def _evaluate(analysis: Analysis, eqn: Equation, args: list[Any], positions: jax
 
 
 def stage_functions(plan: Plan, wrap: Callable[[StageFunction], Any]) -> list[Any]:
-    """`wrap(function)` of every stage, called once for all structurally equal stages (so that they share executables)."""
+    """`wrap(function)` of every stage; structurally equal stages get the same object, so they share executables."""
     made: dict[str, Any] = {}
     for stage in plan.stages:
         if stage.key not in made:

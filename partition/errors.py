@@ -1,10 +1,10 @@
 """Errors of the partitioner.
 
-    PartitionError                 anything this package raises on purpose
-    |-- TraceError                 the function could not be traced as a causal language model
-    |-- TokenMixingError           an equation outside attention combines or moves positions
-    |-- UnsupportedPrimitiveError  a primitive without a rule (fail closed)
-    `-- UnsupportedSiteError       an attention operator that is not one we can run exactly
+PartitionError                 anything this package raises on purpose
+|-- TraceError                 the function could not be traced as a causal language model
+|-- TokenMixingError           an equation outside attention combines or moves positions
+|-- UnsupportedPrimitiveError  a primitive without a rule (fail closed)
+`-- UnsupportedSiteError       an attention operator that is not one we can run exactly
 """
 
 from __future__ import annotations

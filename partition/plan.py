@@ -1,4 +1,4 @@
-"""The plan: stages, sites and weights of a partitioned model. Frozen, printable; no devices, no arrays but constants."""
+"""The plan: stages, sites and weights of a partitioned model. Frozen and printable; knows no devices."""
 
 from __future__ import annotations
 
@@ -70,9 +70,10 @@ class Plan:
 
     def _headline(self) -> str:
         equations = len(self.analysis.traced.program.equations)
+        executables = f"{self.num_dense_executables} dense + {self.num_attention_executables} attention executables"
         return (
             f"Plan: {len(self.stages)} dense stages and {len(self.sites)} attention sites from {equations} equations; "
-            f"{self.num_dense_executables} dense + {self.num_attention_executables} attention executables per bucket of rows"
+            f"{executables} per bucket of rows"
         )
 
     def _stage_lines(self) -> list[str]:
@@ -143,4 +144,3 @@ def _recognise_once(analysis: Analysis, site: Site, known: dict[str, Recognised]
 def row_shape(value: Value, traced_rows: int, rows: int) -> tuple[int, ...]:
     """The shape of a token value for another number of rows."""
     return tuple(rows if size == traced_rows else size for size in value.shape)
-

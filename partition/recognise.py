@@ -17,7 +17,7 @@ from partition.analysis import Analysis
 from partition.errors import UnsupportedSiteError
 from partition.jaxpr import Equation, Value
 from partition.rules import axis_map
-from partition.sites import End, Site, SiteFunction
+from partition.sites import End, Site, SiteFunction, operand_ends
 
 Array = np.ndarray
 
@@ -116,8 +116,7 @@ def _read_layouts(analysis: Analysis, site: Site) -> _Layouts:
         raise _refuse(site, f"has {len(site.outputs)} outputs {[v.shape for v in site.outputs]}")
     if opening.primitive != "dot_general" or closing.primitive != "dot_general":
         raise _refuse(site, f"begins with '{opening.primitive}' and ends with '{closing.primitive}'")
-    sides = {position: _side_of_opening(analysis, opening, site, position) for position in (0, 1)}
-    q_at = next((position for position, side in sides.items() if side == "query"), 0)
+    q_at = 0 if "query" in operand_ends(analysis, opening, 0, site.ends) else 1
     v_at = next((i for i, value in enumerate(closing.inputs) if not analysis.facts[value].sides), None)
     if v_at is None:
         raise _refuse(site, "closes with a product of two scores")
@@ -135,18 +134,6 @@ def _read_layouts(analysis: Analysis, site: Site) -> _Layouts:
     )
 
 
-def _side_of_opening(analysis: Analysis, opening: Equation, site: Site, position: int) -> End | None:
-    score_ends = site.ends[opening.outputs[0]]
-    ends = [
-        score_ends[out]
-        for out, label in zip(
-            axis_map(opening).to_output[position], analysis.facts[opening.inputs[position]].labels, strict=True
-        )
-        if out is not None
-    ]
-    return next((end for end in ends if end is not None), None)
-
-
 class _Roles:
     """Follows the axes of the scores from the product that opens the site to the one that closes it.
 
@@ -158,9 +145,7 @@ class _Roles:
         self.opening, self.closing = site.opening, site.equations[-1]
         self.opening_map = axis_map(self.opening)
         self.closing_map = axis_map(self.closing)
-        self.scores: dict[Value, tuple[tuple[str, int] | None, ...]] = {
-            self.opening.outputs[0]: self._opening_roles()
-        }
+        self.scores: dict[Value, tuple[tuple[str, int] | None, ...]] = {self.opening.outputs[0]: self._opening_roles()}
         for eqn in site.equations:
             self._follow(eqn)
 
@@ -210,9 +195,7 @@ class _Roles:
 
     def out_layout(self, v_at: int) -> Layout:
         scores, score_targets = self.closing.inputs[1 - v_at], self.closing_map.to_output[1 - v_at]
-        axes = {
-            out: role for role, out in zip(self.scores[scores], score_targets, strict=True) if out is not None
-        }
+        axes = {out: role for role, out in zip(self.scores[scores], score_targets, strict=True) if out is not None}
         dims = [out for out in self.closing_map.to_output[v_at] if out is not None and out not in axes]
         return self._layout(self.closing.outputs[0], axes, dims, keys=False)
 
@@ -222,11 +205,15 @@ class _Roles:
         end = "key" if keys else "query"
         rows = [axis for axis, role in axes.items() if role == (end, 0)]
         heads = sorted((axis for axis, role in axes.items() if role and role[0] == "head"), key=lambda a: axes[a] or "")
-        groups = sorted((axis for axis, role in axes.items() if role and role[0] == "group"), key=lambda a: axes[a] or "")
+        groups = sorted(
+            (axis for axis, role in axes.items() if role and role[0] == "group"), key=lambda a: axes[a] or ""
+        )
         stray = [axis for axis in groups if value.shape[axis] != 1] if keys else []
         used = [*rows, *heads, *groups, *dims]
-        if len(rows) != 1 or stray or any(
-            value.shape[axis] != 1 for axis in range(len(value.shape)) if axis not in used
+        if (
+            len(rows) != 1
+            or stray
+            or any(value.shape[axis] != 1 for axis in range(len(value.shape)) if axis not in used)
         ):
             raise _refuse(self.site, f"has an operand {value.shape} that is not [rows, heads, dim] in some order")
         ones = [axis for axis in range(len(value.shape)) if axis not in used]
@@ -390,7 +377,7 @@ class _Probe:
 def reference_attention(
     spec: AttentionSpec, q: Array, k: Array, v: Array, query_positions: Array, key_positions: Array
 ) -> Array:
-    """The definition of `AttentionSpec` in NumPy: q [queries, heads, dim], k, v [keys, kv_heads, dim]; any float type."""
+    """The definition of `AttentionSpec` in NumPy: q [queries, heads, dim], k and v [keys, kv_heads, dim]."""
     group = spec.num_heads // spec.num_kv_heads
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = spec.scale * np.einsum("qhd,khd->hqk", q, k)

@@ -69,8 +69,7 @@ def resized_params(eqn: Equation, shape: tuple[int, ...]) -> dict[str, Any]:
     elif eqn.primitive == "slice":
         traced = eqn.outputs[0].shape
         params["limit_indices"] = tuple(
-            limit if now == was else now
-            for limit, now, was in zip(params["limit_indices"], shape, traced, strict=True)
+            limit if now == was else now for limit, now, was in zip(params["limit_indices"], shape, traced, strict=True)
         )
     elif eqn.primitive == "dynamic_slice":
         params["slice_sizes"] = shape
@@ -109,9 +108,7 @@ def _broadcast_in_dim(eqn: Equation) -> AxisMap:
     operand, out = eqn.inputs[0], eqn.outputs[0]
     targets = [int(axis) for axis in eqn.params["broadcast_dimensions"]]
     # A size-1 axis that is stretched does not become the output's axis: nothing of it varies there.
-    axes = tuple(
-        target if operand.shape[axis] == out.shape[target] else None for axis, target in enumerate(targets)
-    )
+    axes = tuple(target if operand.shape[axis] == out.shape[target] else None for axis, target in enumerate(targets))
     return AxisMap(to_output=(axes,))
 
 
@@ -202,7 +199,9 @@ def _keep_except(eqn: Equation, touched: frozenset[int]) -> AxisMap:
     axes: Axes = tuple(None if axis in touched else axis for axis in range(ndim))
     full = [len(value.shape) == ndim for value in eqn.inputs]
     return AxisMap(
-        to_output=tuple(axes if is_full else (None,) * len(v.shape) for v, is_full in zip(eqn.inputs, full, strict=True)),
+        to_output=tuple(
+            axes if is_full else (None,) * len(v.shape) for v, is_full in zip(eqn.inputs, full, strict=True)
+        ),
         mixed=tuple(
             touched if is_full else frozenset(range(len(v.shape))) for v, is_full in zip(eqn.inputs, full, strict=True)
         ),
@@ -246,17 +245,21 @@ def _iota(eqn: Equation) -> AxisMap:
     return AxisMap(to_output=tuple(() for _ in eqn.inputs))
 
 
-_ELEMENTWISE = """
-abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh
-digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic
-lt max min mul ne neg nextafter not or pow real reduce_precision rem round rsqrt select_n
-shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
-""".split()
+# fmt: off
+_ELEMENTWISE = (
+    "abs", "acos", "acosh", "add", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
+    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc",
+    "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "real", "reduce_precision",
+    "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
+    "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+)
+# fmt: on
 
 _RULES: dict[str, Callable[[Equation], AxisMap]] = {
-    **{name: _elementwise for name in _ELEMENTWISE},
-    **{name: _reduce for name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")},
-    **{name: _arg_reduce for name in ("argmax", "argmin")},
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce),
+    **dict.fromkeys(("argmax", "argmin"), _arg_reduce),
     **{name: _along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "split")},
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _along("dimension"),

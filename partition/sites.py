@@ -89,8 +89,7 @@ def _extract(analysis: Analysis, index: int, members: list[Equation]) -> Site:
             if value in inside:
                 _check_same_side(analysis, eqn, value, ends[value], entering)
             elif facts[value].kind is Kind.TOKEN:
-                side = next(end for end in entering if end is not None)
-                operands[(value, side)] = None
+                operands[(value, row_end(entering))] = None
     outputs = tuple(value for eqn in members for value in eqn.outputs if _leaves(analysis, value, member_set))
     outer = closure(
         [value for eqn in members for value in eqn.inputs],
@@ -141,6 +140,14 @@ def operand_ends(analysis: Analysis, eqn: Equation, position: int, ends: Mapping
             other = eqn.inputs[1 - position]
             result.append(ends[other][partner[axis]])
     return tuple(result)
+
+
+def row_end(ends: Ends) -> End:
+    """The one token axis of a value that has one row per query or per key."""
+    for end in ends:
+        if end is not None:
+            return end
+    raise AssertionError("the value has no token axis")
 
 
 def _check_same_side(analysis: Analysis, eqn: Equation, value: Value, made: Ends, used: Ends) -> None:
@@ -216,9 +223,8 @@ class _Run:
     def read(self, value: Value, ends: Ends) -> Any:
         if value in self.values:
             return self.values[value]
-        side = next((end for end in ends if end is not None), None)
-        if side is not None and (value, side) in self.operands:
-            return self.operands[(value, side)]
+        if any(ends) and (value, row_end(ends)) in self.operands:
+            return self.operands[(value, row_end(ends))]
         if (value, ends) not in self.others:
             self.others[(value, ends)] = self.from_outside(value, ends)
         return self.others[(value, ends)]
@@ -233,7 +239,7 @@ class _Run:
         if value in self.traced.program.constants:
             return self.constant(self.traced.program.constants[value])
         if value is self.traced.positions:
-            return self.positions[next(end for end in ends if end is not None)].reshape(self.resized(value, ends))
+            return self.positions[row_end(ends)].reshape(self.resized(value, ends))
         eqn = self.analysis.made_by.get(value)
         if eqn is None:
             raise UnsupportedSiteError(
@@ -252,7 +258,8 @@ class _Run:
             return (None,) * len(labels)
         targets = axis_map(eqn).to_output[position]
         return tuple(
-            None if label is Axis.PLAIN or out is None else ends[out] for label, out in zip(labels, targets, strict=True)
+            None if label is Axis.PLAIN or out is None else ends[out]
+            for label, out in zip(labels, targets, strict=True)
         )
 
     def constant(self, array: Any) -> Any:

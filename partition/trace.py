@@ -98,9 +98,7 @@ def _primes_below(limit: int) -> Iterator[int]:
 def _check_output(program: Program, rows: int) -> None:
     shapes = [value.shape for value in program.outputs]
     if len(shapes) != 1 or shapes[0][:-1] not in ((rows,), (1, rows)):
-        raise TraceError(
-            f"the model must return logits [1, T, vocab]; for T={rows} it returned {shapes or 'nothing'}"
-        )
+        raise TraceError(f"the model must return logits [1, T, vocab]; for T={rows} it returned {shapes or 'nothing'}")
 
 
 def _check_resized(small: Program, rows: int, large: Program, other: int) -> None:
@@ -147,9 +145,7 @@ def _same_constants(
     return True
 
 
-def _position_tables(
-    fn: CausalFunction, params: Any, program: Program, rows: int, max_rows: int
-) -> dict[Value, Any]:
+def _position_tables(fn: CausalFunction, params: Any, program: Program, rows: int, max_rows: int) -> dict[Value, Any]:
     """Captured arrays with a token axis, re-captured at the largest number of rows."""
     tables = [value for value in program.constants if rows in value.shape]
     if not tables:
@@ -157,8 +153,8 @@ def _position_tables(
     square = [value.shape for value in tables if value.shape.count(rows) > 1]
     if square:
         raise TraceError(
-            f"the model captures an array with two token axes, {square[0]}, while it is traced (a mask made with NumPy?); "
-            "make it with jax.numpy inside the call"
+            f"the model captures an array with two token axes, {square[0]}, while it is traced; "
+            "allowed: masks made with jax.numpy inside the call (not with NumPy)"
         )
     at_most = _trace_at(fn, params, max_rows)
     order = {value: index for index, value in enumerate(program.constants)}

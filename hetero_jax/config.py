@@ -1,0 +1,61 @@
+"""EngineConfig: what a user may choose about an engine, with vLLM's names where vLLM has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hetero_jax.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes and placement of an engine.
+
+    kv_cache_bytes: memory of the paged key-value pools, over all sites.
+    kv_cache_dtype: element type of the pools; None: the model's.
+    page_size: token positions in a page.
+    max_num_batched_tokens: rows of one microbatch, prefill chunks and decode rows together (the token budget).
+    max_num_seqs: running sequences over all microbatches.
+    num_microbatches: microbatches in flight; with 2 or more, one is on tier 1 while another is on tier 2.
+    max_model_len: longest prompt + output in tokens; None: what the model and the pools allow.
+    tier1: platform of the dense stages; None: JAX's default backend.
+    attention: "tier2" keeps the KV pools and the attention on the CPU; "tier1" puts both on the accelerator.
+    tier1_memory_gb: refuse a configuration that needs more than this on tier 1; None: no limit.
+    seed: seed of sequences whose SamplingParams have none.
+    profile: wait for every call, so that `engine.stats` can tell dense, attention and host time apart (slower).
+
+    Raises:
+      ConfigError: a field out of range.
+    """
+
+    kv_cache_bytes: int = 1 << 30
+    kv_cache_dtype: str | None = None
+    page_size: int = 16
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 256
+    num_microbatches: int = 2
+    max_model_len: int | None = None
+    tier1: Literal["cpu", "gpu"] | None = None
+    attention: Literal["tier1", "tier2"] = "tier2"
+    tier1_memory_gb: float | None = None
+    seed: int = 0
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("kv_cache_bytes", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
+        _check("kv_cache_dtype", self.kv_cache_dtype, self.kv_cache_dtype in (None, *DTYPES), f"one of {DTYPES}")
+        _check("max_model_len", self.max_model_len, (self.max_model_len or 16) >= 16, "at least 16")
+        _check("tier1", self.tier1, self.tier1 in (None, "cpu", "gpu"), "cpu or gpu")
+        _check("attention", self.attention, self.attention in ("tier1", "tier2"), "tier1 or tier2")
+        limit = self.tier1_memory_gb
+        _check("tier1_memory_gb", limit, limit is None or limit > 0, "more than 0")
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1")
+
+
+def _check(name: str, seen: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={seen!r} is not allowed; allowed: {allowed}")
