@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import SmallModel, library_attention, softmax_attention
 
 from partition import TraceError, partition, prepare_weights, reference_attention, stage_functions
+from small_model import SmallModel, library_attention, softmax_attention
 
 
 def run_stages(plan, params, tokens):
@@ -60,7 +60,10 @@ def test_stages_equal_the_plain_model(name, rows):
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (SmallModel(), {"num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "scale": 0.5, "window": None, "softcap": None}),
+        (
+            SmallModel(),
+            {"num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "scale": 0.5, "window": None, "softcap": None},
+        ),
         (MODELS["jax.nn window"], {"window": 5}),
         (MODELS["einsum window"], {"window": 5, "num_kv_heads": 2}),
         (MODELS["soft cap"], {"softcap": 2.0, "scale": pytest.approx(0.9, rel=1e-4)}),

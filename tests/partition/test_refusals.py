@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import SmallModel, softmax_attention
 
 from partition import PartitionError, TokenMixingError, TraceError, UnsupportedPrimitiveError, UnsupportedSiteError
 from partition import partition as make_plan
+from small_model import SmallModel, softmax_attention
 
 
 def _shift(x):
@@ -24,7 +24,9 @@ def _linear_attention(x):
 
 
 def _conv(x):
-    return jax.lax.conv_general_dilated(x, jnp.ones((3, 1, 24)), (1,), [(2, 0)], dimension_numbers=("NTC", "TIO", "NTC"), feature_group_count=24)
+    return jax.lax.conv_general_dilated(
+        x, jnp.ones((3, 1, 24)), (1,), [(2, 0)], dimension_numbers=("NTC", "TIO", "NTC"), feature_group_count=24
+    )
 
 
 def _scan(x):
@@ -34,7 +36,11 @@ def _scan(x):
 MIXING = {
     "token shift": (_shift, TokenMixingError, r"'slice'.*moves, drops or combines rows"),
     "cumulative sum": (lambda x: jnp.cumsum(x, axis=1), TokenMixingError, "'cumsum'"),
-    "mean over tokens": (lambda x: x - x.sum(axis=1, keepdims=True), TokenMixingError, "'reduce_sum'.*over the token axis"),
+    "mean over tokens": (
+        lambda x: x - x.sum(axis=1, keepdims=True),
+        TokenMixingError,
+        "'reduce_sum'.*over the token axis",
+    ),
     "softmax over tokens": (lambda x: jax.nn.softmax(x, axis=1), TokenMixingError, "'reduce_max'.*over the token axis"),
     "maximum over the tensor": (lambda x: x / jnp.abs(x).max(), TokenMixingError, "'reduce_max'"),
     "reversal": (lambda x: x[:, ::-1], TokenMixingError, "'rev'"),
@@ -89,9 +95,21 @@ def _captured_mask(q, k, v, positions):
 
 
 ATTENTION = {
-    "bidirectional": (lambda q, k, v, p: jax.nn.dot_product_attention(q, k, v), UnsupportedSiteError, "not exactly causal"),
-    "sees one token ahead": (functools.partial(softmax_attention, offset=1), UnsupportedSiteError, "not exactly causal"),
-    "does not see itself": (functools.partial(softmax_attention, offset=-1, mask_value=-1e30), UnsupportedSiteError, "attention opened at"),
+    "bidirectional": (
+        lambda q, k, v, p: jax.nn.dot_product_attention(q, k, v),
+        UnsupportedSiteError,
+        "not exactly causal",
+    ),
+    "sees one token ahead": (
+        functools.partial(softmax_attention, offset=1),
+        UnsupportedSiteError,
+        "not exactly causal",
+    ),
+    "does not see itself": (
+        functools.partial(softmax_attention, offset=-1, mask_value=-1e30),
+        UnsupportedSiteError,
+        "attention opened at",
+    ),
     "leaky mask": (functools.partial(softmax_attention, mask_value=-10.0), UnsupportedSiteError, "not exactly causal"),
     "multiplied mask": (_multiplied_mask, UnsupportedSiteError, "not exactly causal"),
     "sigmoid": (_sigmoid, UnsupportedSiteError, "bias by position or a sink to the scores, or is no softmax"),

@@ -130,11 +130,15 @@ def test_primitive_without_a_rule_is_refused_by_name_and_line():
         axis_map(unknown)
 
 
-@pytest.mark.parametrize("name", ["broadcast_in_dim", "slice", "dynamic_slice", "transpose", "reshape_ones", "gather_rows"])
+@pytest.mark.parametrize(
+    "name", ["broadcast_in_dim", "slice", "dynamic_slice", "transpose", "reshape_ones", "gather_rows"]
+)
 def test_equation_evaluated_at_another_size_equals_the_function_traced_there(name):
     """Grow the axis that a whole-axis rule passes through; the resized equations give what JAX gives at that size."""
     fn, shapes = CASES[name]
-    axis = {"broadcast_in_dim": 0, "slice": 0, "dynamic_slice": 0, "transpose": 1, "reshape_ones": 1, "gather_rows": 1}[name]
+    axis = {"broadcast_in_dim": 0, "slice": 0, "dynamic_slice": 0, "transpose": 1, "reshape_ones": 1, "gather_rows": 1}[
+        name
+    ]
     operand = len(shapes) - 1
     grown_shapes = [list(shape) for shape in shapes]
     grown_shapes[operand][axis] = 11
