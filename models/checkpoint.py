@@ -1,4 +1,4 @@
-"""A loaded model as an Orbax checkpoint: a folder with weights/, decoder.json and, where there is one, tokenizer.json."""
+"""A loaded model as an Orbax checkpoint: a folder with weights/, decoder.json and perhaps tokenizer.json."""
 
 from __future__ import annotations
 
@@ -77,10 +77,13 @@ def _restore_weights(folder: Path, config: DecoderConfig, dtype: str) -> Decoder
     return merge_decoder(graphdef, variables, {path: arrays[_key(path)] for path in variables})
 
 
-def _check_leaves(folder: Path, checkpointer: ocp.StandardCheckpointer, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+def _check_leaves(
+    folder: Path, checkpointer: ocp.StandardCheckpointer, wanted: dict[str, jax.ShapeDtypeStruct]
+) -> None:
     """Compares names and shapes with what the checkpoint says of itself, before anything is allocated."""
     try:
-        found: dict[str, Any] = dict(checkpointer.metadata(folder.absolute()).item_metadata.tree)
+        item: Any = checkpointer.metadata(folder.absolute()).item_metadata
+        found: dict[str, Any] = dict(item.tree)
     except Exception as error:
         raise ModelFormatError(f"{folder}: not a sound Orbax checkpoint ({error})") from error
     for name in sorted(wanted.keys() ^ found.keys()):

@@ -12,6 +12,7 @@ from models.errors import ModelFormatError, UnsupportedModelError
 from models.rope import RopeScaling
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MAX_LAYERS = 1024
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # A header is data from a stranger: each size has a ceiling far above any published model, so that no product of
@@ -20,7 +21,7 @@ _CEILINGS = {
     "vocab_size": 1 << 22,
     "hidden_size": 1 << 18,
     "intermediate_size": 1 << 20,
-    "num_hidden_layers": 1024,
+    "num_hidden_layers": MAX_LAYERS,
     "num_attention_heads": 4096,
     "num_key_value_heads": 4096,
     "head_dim": 4096,

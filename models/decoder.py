@@ -126,11 +126,11 @@ class Decoder(nnx.Module):
     >>> logits = Decoder(config, rngs=nnx.Rngs(0))(tokens, positions)   # f32 [B, T, vocab_size]
     """
 
-    def __init__(
-        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike = jnp.float32
-    ) -> None:
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike = jnp.float32) -> None:
         self.config = config
-        table = _draw(rngs.params(), (config.vocab_size, config.hidden_size), dtype, 1.0 / math.sqrt(config.hidden_size))
+        table = _draw(
+            rngs.params(), (config.vocab_size, config.hidden_size), dtype, 1.0 / math.sqrt(config.hidden_size)
+        )
         self.embedding = nnx.Param(table)
         self.blocks = nnx.List(
             Block(config, window=config.layer_window(layer), rngs=rngs, dtype=dtype)

@@ -1,11 +1,11 @@
 """Everything that can go wrong while a model is described, read, stored or asked for text.
 
-    ModelError
-    ├── ModelNotFoundError      the path or the name leads to no model
-    ├── ModelFormatError        the file is damaged or contradicts itself (truncated, wrong magic, wrong shape, missing key)
-    ├── UnsupportedModelError   the file is sound, but asks for something that is not built (named in the message)
-    ├── ModelExistsError        a checkpoint would overwrite what is already there
-    └── ChatTemplateError       the model has no chat template, or its template refuses the messages
+ModelError
+├── ModelNotFoundError      the path or the name leads to no model
+├── ModelFormatError        the file is damaged or contradicts itself (truncated, wrong magic, wrong shape, missing key)
+├── UnsupportedModelError   the file is sound, but asks for something that is not built (named in the message)
+├── ModelExistsError        a checkpoint would overwrite what is already there
+└── ChatTemplateError       the model has no chat template, or its template refuses the messages
 """
 
 from __future__ import annotations

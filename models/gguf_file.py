@@ -64,6 +64,8 @@ class GgufFile:
         metadata: dict[str, Any] = {}
         for index in range(key_count):
             key = cursor.string(f"key {index} of {key_count}")
+            if key in metadata:
+                raise ModelFormatError(f"{self.path}: key {key!r} appears twice")
             metadata[key] = cursor.value(f"key {key!r}")
         self.metadata: Mapping[str, Any] = MappingProxyType(metadata)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(self._read_tensors(cursor, tensor_count))
@@ -115,7 +117,8 @@ class GgufFile:
             raise UnsupportedModelError(
                 f"{self.path}: tensor {name!r} has type {info.kind.name}, which the gguf package does not dequantise"
             ) from error
-        return values.reshape(info.shape)
+        # not a view of the map: JAX may keep the buffer, and the file may change under it
+        return values.reshape(info.shape).copy() if values.base is not None else values.reshape(info.shape)
 
 
 class _Cursor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
 from models.errors import ModelFormatError, UnsupportedModelError
 from models.tokenizer import Tokenizer
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type: written out in text, they are taken whole
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type: written out in text, they are taken whole
 _SPACE = "\u2581"
 
 # The patterns are the ones that the models' own tokenizer.json files carry.
@@ -54,30 +55,38 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     else:
         raise UnsupportedModelError(f"tokenizer.ggml.model {kind!r} is not supported; allowed: ('gpt2', 'llama')")
     backend.add_tokens(_added_tokens(metadata))
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
     if metadata.get("tokenizer.ggml.add_eos_token"):
         raise UnsupportedModelError("tokenizer.ggml.add_eos_token=True is not supported: it would end every prompt")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", add_bos):
-        token = _tokens(metadata)[_token_id(metadata, "tokenizer.ggml.bos_token_id")]
-        start = processors.TemplateProcessing(single=f"{token} $A", pair=None, special_tokens=[(token, bos)])
-        backend.post_processor = start
+    bos = None
+    if "tokenizer.ggml.bos_token_id" in metadata:
+        bos = _token_id(metadata, "tokenizer.ggml.bos_token_id")
+        if metadata.get("tokenizer.ggml.add_bos_token", add_bos):
+            start = processors.TemplateProcessing(single="BOS $A", pair=None, special_tokens=[("BOS", bos)])
+            backend.post_processor = start
     return Tokenizer(
         backend=backend,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_template(metadata),
         bos_token_id=bos,
         eos_token_ids=_eos_token_ids(metadata),
     )
 
 
+def _template(metadata: Mapping[str, Any]) -> str | None:
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ModelFormatError(f"tokenizer.chat_template must be text, not {str(template)[:80]}")
+    return template
+
+
 def _byte_level(metadata: Mapping[str, Any]) -> tuple[Backend, bool]:
     name = _need(metadata, "tokenizer.ggml.pre")
-    if name not in _PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
         raise UnsupportedModelError(f"tokenizer.ggml.pre {name!r} is not supported; allowed: {tuple(_PRE_TOKENIZERS)}")
     pattern = _PRE_TOKENIZERS[name]
-    merges = [_pair(merge) for merge in _need(metadata, "tokenizer.ggml.merges")]
+    merges = [_pair(merge) for merge in _list(metadata, "tokenizer.ggml.merges", str)]
     vocabulary = _vocabulary(metadata)
     _check_merges(merges, vocabulary)
-    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=pattern in _WHOLE_WORDS_FIRST))
+    backend = Backend(BPE(vocabulary, merges, ignore_merges=pattern in _WHOLE_WORDS_FIRST))
     backend.pre_tokenizer = _pre_tokenizer(pattern)
     backend.decoder = decoders.ByteLevel()
     if pattern is _QWEN2:
@@ -99,15 +108,13 @@ def _pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 def _sentencepiece(metadata: Mapping[str, Any]) -> Backend:
     """SentencePiece merges the neighbours whose union scores best: BPE with merges in the order of the scores."""
     vocabulary = _vocabulary(metadata)
-    scores = _need(metadata, "tokenizer.ggml.scores")
-    if len(scores) != len(_tokens(metadata)):
-        raise ModelFormatError(
-            f"tokenizer.ggml.scores has {len(scores)} entries for {len(_tokens(metadata))} tokens"
-        )
+    scores = _list(metadata, "tokenizer.ggml.scores", float)
+    if len(scores) != len(vocabulary):
+        raise ModelFormatError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(vocabulary)} tokens")
     unknown = _tokens(metadata)[_token_id(metadata, "tokenizer.ggml.unknown_token_id", 0)]
-    merges = _merges_by_score(metadata, vocabulary, scores)
-    backend = Backend(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    spaces = [normalizers.Replace(" ", _SPACE)]
+    merges = _merges_by_score(_types(metadata), vocabulary, scores)
+    backend = Backend(BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
     pieces: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend(_SPACE))
@@ -117,13 +124,10 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Backend:
     return backend
 
 
-def _merges_by_score(
-    metadata: Mapping[str, Any], vocabulary: Mapping[str, int], scores: list[float]
-) -> list[tuple[str, str]]:
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(scores)
+def _merges_by_score(types: list[int], vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
     ranked: list[tuple[float, int, int, str, str]] = []
     for token, index in vocabulary.items():
-        if types[index] != 1:  # control, unknown and byte tokens come from no merge
+        if types[index] != _NORMAL:  # control, unknown and byte tokens come from no merge
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
@@ -133,18 +137,15 @@ def _merges_by_score(
 
 
 def _added_tokens(metadata: Mapping[str, Any]) -> list[AddedToken]:
-    tokens, types = _tokens(metadata), metadata.get("tokenizer.ggml.token_type") or []
     return [
         AddedToken(token, special=kind == _CONTROL, normalized=False)
-        for token, kind in zip(tokens, types, strict=False)
+        for token, kind in zip(_tokens(metadata), _types(metadata), strict=True)
         if kind in (_CONTROL, _USER_DEFINED) and token
     ]
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
-    tokens, types = _tokens(metadata), metadata.get("tokenizer.ggml.token_type")
-    if types is not None and len(types) != len(tokens):
-        raise ModelFormatError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    tokens = _tokens(metadata)
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocabulary[token] != index)
@@ -153,7 +154,17 @@ def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:
-    return _need(metadata, "tokenizer.ggml.tokens")
+    return _list(metadata, "tokenizer.ggml.tokens", str)
+
+
+def _types(metadata: Mapping[str, Any]) -> list[int]:
+    tokens = _tokens(metadata)
+    if "tokenizer.ggml.token_type" not in metadata:
+        return [_NORMAL] * len(tokens)
+    types = _list(metadata, "tokenizer.ggml.token_type", int)
+    if len(types) != len(tokens):
+        raise ModelFormatError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    return types
 
 
 def _pair(merge: str) -> tuple[str, str]:
@@ -181,6 +192,13 @@ def _token_id(metadata: Mapping[str, Any], key: str, default: int | None = None)
     if not isinstance(value, int) or not 0 <= value < count:
         raise ModelFormatError(f"{key} must be a token id in 0..{count - 1}, not {value!r}")
     return value
+
+
+def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    values = _need(metadata, key)
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise ModelFormatError(f"{key} must be an array of {kind.__name__}, not {str(values)[:80]}")
+    return values
 
 
 def _need(metadata: Mapping[str, Any], key: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import MODEL_TYPES, DecoderConfig
+from models.config import MAX_LAYERS, MODEL_TYPES, DecoderConfig
 from models.errors import ModelFormatError, UnsupportedModelError
 from models.rope import ROPE_TYPES, RopeScaling
 
@@ -53,9 +53,9 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
     model_type = _model_type(values)
     _refuse_options(values)
     theta, scaling = _rope(values)
-    heads, layers = _need(values, "num_attention_heads"), _need(values, "num_hidden_layers")
+    heads, layers = _count(values, "num_attention_heads"), _count(values, "num_hidden_layers")
     window, layer_types = _sliding(values, model_type, layers)
-    hidden_size = _need(values, "hidden_size")
+    hidden_size = _count(values, "hidden_size")
     return DecoderConfig(
         model_type=model_type,
         vocab_size=_need(values, "vocab_size"),
@@ -107,7 +107,9 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if rope_type not in _SCALING_FIELDS:
         allowed = ("default", *(t for t in ROPE_TYPES if t in _SCALING_FIELDS))
-        raise UnsupportedModelError(f"config.json: rope_scaling type {rope_type!r} is not supported; allowed: {allowed}")
+        raise UnsupportedModelError(
+            f"config.json: rope_scaling type {rope_type!r} is not supported; allowed: {allowed}"
+        )
     return theta, _scaling(values, rope, rope_type)
 
 
@@ -126,7 +128,7 @@ def _scaling(values: Mapping[str, Any], rope: Mapping[str, Any], rope_type: str)
     if rope_type == "yarn":
         fields.setdefault("original_max_position_embeddings", context)
         if "factor" not in fields and context is not None:
-            fields["factor"] = context / fields["original_max_position_embeddings"]
+            fields["factor"] = _ratio(context, fields["original_max_position_embeddings"])
     for key in _SCALING_FIELDS[rope_type][: 4 if rope_type == "llama3" else 1]:
         if key not in fields:
             raise ModelFormatError(f"config.json: rope_scaling type {rope_type!r} needs the key {key!r}")
@@ -134,6 +136,13 @@ def _scaling(values: Mapping[str, Any], rope: Mapping[str, Any], rope_type: str)
         return RopeScaling(rope_type=rope_type, **fields)
     except TypeError as error:
         raise ModelFormatError(f"config.json: rope_scaling {dict(rope)!r}: {error}") from error
+
+
+def _ratio(context: Any, original: Any) -> float:
+    for value in (context, original):
+        if not isinstance(value, int | float) or value <= 0:
+            raise ModelFormatError(f"config.json: max_position_embeddings must be a positive integer, not {value!r}")
+    return context / original
 
 
 def _sliding(values: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, tuple[str, ...] | None]:
@@ -144,18 +153,20 @@ def _sliding(values: Mapping[str, Any], model_type: str, layers: int) -> tuple[i
     if window is None:
         return None, None
     if values.get("layer_types") is not None:
+        if not isinstance(values["layer_types"], list):
+            raise ModelFormatError(f"config.json: layer_types must be a list, not {values['layer_types']!r}")
         return window, tuple(values["layer_types"])
     if model_type == "mistral":
         return window, None
-    first = min(_default(values, "max_window_layers", 28), layers)  # Qwen: layers from here on slide
+    if layers > MAX_LAYERS:  # checked before a list of that length is made
+        raise ModelFormatError(f"config.json: num_hidden_layers must be in 1..{MAX_LAYERS}, not {layers}")
+    first = min(_count({"max_window_layers": 28, **values}, "max_window_layers"), layers)  # from here on they slide
     return window, ("full_attention",) * first + ("sliding_attention",) * (layers - first)
 
 
 def _head_dim(model_type: str, hidden_size: int, heads: int) -> int:
     if model_type == "qwen3":
         return 128  # Hugging Face's default, which does not follow from the hidden size
-    if not isinstance(hidden_size, int) or not isinstance(heads, int) or heads < 1 or hidden_size % heads:
-        raise ModelFormatError(f"config.json: hidden_size={hidden_size!r} does not divide by {heads!r} heads")
     return hidden_size // heads
 
 
@@ -163,6 +174,18 @@ def _need(values: Mapping[str, Any], key: str) -> Any:
     if values.get(key) is None:
         raise ModelFormatError(f"config.json: the key {key!r} is missing")
     return values[key]
+
+
+def _count(values: Mapping[str, Any], key: str) -> int:
+    value = _need(values, key)
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < 0
+        or (value == 0 and key != "max_window_layers")
+    ):
+        raise ModelFormatError(f"config.json: {key} must be a positive integer, not {value!r}")
+    return value
 
 
 def _default(values: Mapping[str, Any], key: str, default: Any) -> Any:

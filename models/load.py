@@ -11,13 +11,14 @@ from models import checkpoint
 from models.errors import ModelNotFoundError
 from models.files import read_json
 from models.fingerprint import fingerprint_files
-from models.gguf import config_from_gguf, load_gguf_decoder
+from models.gguf_config import config_from_gguf
 from models.gguf_file import GgufFile
 from models.gguf_tokenizer import tokenizer_from_gguf
+from models.gguf_weights import load_gguf_decoder
 from models.hf_config import config_from_hf
 from models.hf_tokenizer import hf_eos_token_ids, load_hf_tokenizer
+from models.hf_weights import load_hf_decoder
 from models.loaded import LoadedModel
-from models.safetensors import load_hf_decoder
 from models.shapes import random_decoder, shape_config
 from models.weights import resolve_dtype
 

@@ -37,13 +37,11 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise UnsupportedModelError(f"rope_scaling type {self.rope_type!r} is not supported; allowed: {ROPE_TYPES}")
-        if not (math.isfinite(self.factor) and self.factor > 0):
-            raise ModelFormatError(f"rope_scaling factor must be a positive number, not {self.factor!r}")
-        if self.rope_type in ("llama3", "yarn") and (self.original_max_position_embeddings or 0) < 1:
-            raise ModelFormatError(
-                f"rope_scaling {self.rope_type!r} needs original_max_position_embeddings >= 1, "
-                f"not {self.original_max_position_embeddings!r}"
-            )
+        required = {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
+        if self.rope_type in ("llama3", "yarn"):
+            required.add("original_max_position_embeddings")
+        for name in (*sorted(required), "attention_factor", "mscale", "mscale_all_dim"):
+            self._check_number(name, may_be_none=name not in required)
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ModelFormatError(
                 f"rope_scaling 'llama3' needs high_freq_factor > low_freq_factor, "
@@ -51,6 +49,14 @@ class RopeScaling:
             )
         if self.rope_type == "factors" and not all(f > 0 and math.isfinite(f) for f in self.freq_factors or (0.0,)):
             raise ModelFormatError("rope_scaling 'factors' needs positive freq_factors")
+
+    def _check_number(self, name: str, *, may_be_none: bool) -> None:
+        value = getattr(self, name)
+        if value is None and may_be_none:
+            return
+        smallest = 0.0 if name.startswith("mscale") else 1e-9
+        if not isinstance(value, int | float) or not math.isfinite(value) or not smallest <= value <= 1e12:
+            raise ModelFormatError(f"rope_scaling {self.rope_type!r}: {name} must be a positive number, not {value!r}")
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:

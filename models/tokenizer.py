@@ -33,9 +33,7 @@ class Tokenizer:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids beyond the vocabulary become nothing."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The text that the model was trained to see for these messages ({"role", "content"} each).
 
         Encode it with `add_special_tokens=False`: the template writes the start token itself.
@@ -45,7 +43,10 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ChatTemplateError("this model has no chat template; pass a prompt instead of messages")
-        special = {"bos_token": self._text(self.bos_token_id), "eos_token": self._text(next(iter(self.eos_token_ids), None))}
+        special = {
+            "bos_token": self._text(self.bos_token_id),
+            "eos_token": self._text(next(iter(self.eos_token_ids), None)),
+        }
         return render_chat(self.chat_template, messages, special, add_generation_prompt=add_generation_prompt)
 
     @property

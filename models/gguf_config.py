@@ -1,36 +1,19 @@
-"""A Decoder from a GGUF file: its config, its tensors by Hugging Face's names, and its rotary layout undone."""
+"""DecoderConfig from a GGUF file; whatever would change the arithmetic and is not built is refused."""
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from typing import Any
 
-import numpy as np
-
 from models.config import DecoderConfig
-from models.decoder import Decoder
 from models.errors import ModelFormatError, UnsupportedModelError
 from models.gguf_file import GgufFile
-from models.rope import RopeScaling
-from models.weights import read_decoder, tensor_names
+from models.rope import RopeScaling, rope_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 files call themselves llama
 
-_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_ROPE_FACTORS = "rope_freqs.weight"  # how converters store the llama3 rule: a divisor per frequency
+_MAX_FREQUENCIES = 2048
+ROPE_FACTORS = "rope_freqs.weight"  # how converters store the llama3 rule: a divisor per frequency
 
 
 def config_from_gguf(file: GgufFile) -> DecoderConfig:
@@ -49,7 +32,9 @@ def config_from_gguf(file: GgufFile) -> DecoderConfig:
     head_dim = _get(file, f"{arch}.attention.key_length", hidden // heads)
     for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         if _get(file, key, head_dim) != head_dim:
-            raise UnsupportedModelError(f"{file.path}: {key}={file.metadata[key]!r} differs from the head size {head_dim}")
+            raise UnsupportedModelError(
+                f"{file.path}: {key}={file.metadata[key]!r} differs from the head size {head_dim}"
+            )
     return DecoderConfig(
         model_type=arch,
         vocab_size=_vocab_size(file),
@@ -68,45 +53,6 @@ def config_from_gguf(file: GgufFile) -> DecoderConfig:
         qk_norm=arch == "qwen3",
         tie_word_embeddings="output.weight" not in file.tensors,
     )
-
-
-def load_gguf_decoder(file: GgufFile, config: DecoderConfig, *, dtype: str) -> Decoder:
-    """Dequantises every tensor into a module; a missing, surplus or misshapen tensor is an error with its name."""
-    used = {_gguf_name(name) for name in tensor_names(config)} | {_ROPE_FACTORS}
-    surplus = sorted(set(file.tensors) - used)
-    if surplus:
-        raise UnsupportedModelError(f"{file.path}: tensor {surplus[0]!r} has no place in a {config.model_type} decoder")
-    permuted = config.model_type == "llama"
-
-    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        array = _checked(file, _gguf_name(name), shape)
-        if permuted and name.endswith(("q_proj.weight", "k_proj.weight")):
-            return _unpermute(array, config.head_dim)
-        return array
-
-    return read_decoder(config, read, dtype=dtype)
-
-
-def _gguf_name(name: str) -> str:
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    if layer:
-        return f"blk.{layer[1]}.{_LAYER[layer[2]]}.{layer[3]}"
-    return f"{_TOP[name.removesuffix('.weight')]}.weight"
-
-
-def _checked(file: GgufFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    info = file.tensors.get(name)
-    if info is None:
-        raise ModelFormatError(f"{file.path}: tensor {name!r} of shape {shape} is missing")
-    if info.shape != shape:
-        raise ModelFormatError(f"{file.path}: tensor {name!r} has shape {info.shape}, the config needs {shape}")
-    return file.tensor(name)
-
-
-def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of a head from (0, d/2, 1, d/2+1, ...), for rotation of neighbours, back to halves: (0, 1, ... | d/2, ...)."""
-    out, fan_in = weight.shape
-    return weight.reshape(out // head_dim, head_dim // 2, 2, fan_in).swapaxes(1, 2).reshape(out, fan_in)
 
 
 def _refuse_options(file: GgufFile, arch: str) -> None:
@@ -138,7 +84,7 @@ def _rope_scaling(file: GgufFile, arch: str) -> RopeScaling | None:
         raise UnsupportedModelError(
             f"{file.path}: {prefix}type {kind!r} is not supported; allowed: ('none', 'linear', 'yarn')"
         )
-    if _ROPE_FACTORS in file.tensors:
+    if ROPE_FACTORS in file.tensors:
         return _rope_factors(file, kind)
     if kind == "none":
         return None
@@ -159,10 +105,6 @@ def _rope_scaling(file: GgufFile, arch: str) -> RopeScaling | None:
 
 def _with_attention_factor(file: GgufFile, prefix: str, scaling: RopeScaling) -> RopeScaling:
     """GGUF's factor multiplies the one that follows from the formula, Hugging Face's replaces it."""
-    import dataclasses
-
-    from models.rope import rope_frequencies
-
     extra = _get(file, prefix + "attn_factor", _get(file, prefix + "yarn_attn_factor", 1.0))
     _, usual = rope_frequencies(2, 10000.0, scaling)
     return dataclasses.replace(scaling, attention_factor=usual * extra)
@@ -170,10 +112,13 @@ def _with_attention_factor(file: GgufFile, prefix: str, scaling: RopeScaling) ->
 
 def _rope_factors(file: GgufFile, kind: str) -> RopeScaling:
     if kind != "none":
-        raise UnsupportedModelError(f"{file.path}: tensor {_ROPE_FACTORS!r} together with rope scaling {kind!r}")
-    if len(file.tensors[_ROPE_FACTORS].shape) != 1:
-        raise ModelFormatError(f"{file.path}: tensor {_ROPE_FACTORS!r} has shape {file.tensors[_ROPE_FACTORS].shape}")
-    return RopeScaling(rope_type="factors", freq_factors=tuple(file.tensor(_ROPE_FACTORS).tolist()))
+        raise UnsupportedModelError(f"{file.path}: tensor {ROPE_FACTORS!r} together with rope scaling {kind!r}")
+    shape = file.tensors[ROPE_FACTORS].shape
+    if len(shape) != 1 or shape[0] > _MAX_FREQUENCIES:
+        raise ModelFormatError(
+            f"{file.path}: tensor {ROPE_FACTORS!r} has shape {shape}, the config needs (head_dim / 2,)"
+        )
+    return RopeScaling(rope_type="factors", freq_factors=tuple(file.tensor(ROPE_FACTORS).tolist()))
 
 
 def _need(file: GgufFile, key: str) -> Any:

@@ -23,7 +23,7 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 def load_hf_decoder(folder: Path, config: DecoderConfig, *, dtype: str) -> Decoder:
     """Reads every tensor into a module; a missing, surplus or misshapen tensor is an error with its name."""
     with contextlib.ExitStack() as stack:
-        owners = {name: (path, file) for path, file in _open_all(folder, stack) for name in file.keys()}
+        owners = {name: (path, file) for path, file in _open_all(folder, stack) for name in _names(file)}
         _refuse_surplus(owners, config)
 
         def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -34,6 +34,10 @@ def load_hf_decoder(folder: Path, config: DecoderConfig, *, dtype: str) -> Decod
             return file.get_tensor(name)
 
         return read_decoder(config, read, dtype=dtype)
+
+
+def _names(file: Any) -> list[str]:
+    return file.keys()  # not a mapping: it cannot be iterated
 
 
 def _open_all(folder: Path, stack: contextlib.ExitStack) -> Iterator[tuple[Path, Any]]:
@@ -74,8 +78,6 @@ def _refuse_surplus(owners: Mapping[str, tuple[Path, Any]], config: DecoderConfi
 def _check(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> None:
     view = file.get_slice(name)
     if tuple(view.get_shape()) != shape:
-        raise ModelFormatError(
-            f"{path}: tensor {name!r} has shape {tuple(view.get_shape())}, the config needs {shape}"
-        )
+        raise ModelFormatError(f"{path}: tensor {name!r} has shape {tuple(view.get_shape())}, the config needs {shape}")
     if view.get_dtype() not in DTYPES:
         raise UnsupportedModelError(f"{path}: tensor {name!r} has dtype {view.get_dtype()}; allowed: {DTYPES}")
