@@ -81,7 +81,10 @@ def _model_type(values: Mapping[str, Any]) -> str:
     model_type = _need(values, "model_type")
     if model_type not in MODEL_TYPES:
         raise UnsupportedModelError(f"config.json: model_type {model_type!r} is not supported; allowed: {MODEL_TYPES}")
-    for name in values.get("architectures") or ():
+    architectures = _default(values, "architectures", [])
+    if not isinstance(architectures, list):
+        raise ModelFormatError(f"config.json: architectures must be a list, not {architectures!r}")
+    for name in architectures:
         if name not in _ARCHITECTURES:
             raise UnsupportedModelError(
                 f"config.json: architecture {name!r} is not supported; allowed: {_ARCHITECTURES}"
