@@ -117,8 +117,9 @@ class GgufFile:
             raise UnsupportedModelError(
                 f"{self.path}: tensor {name!r} has type {info.kind.name}, which the gguf package does not dequantise"
             ) from error
-        # not a view of the map: JAX may keep the buffer, and the file may change under it
-        return values.reshape(info.shape).copy() if values.base is not None else values.reshape(info.shape)
+        if np.may_share_memory(values, raw):  # f32: JAX may keep the buffer, and the file may change under it
+            values = values.copy()
+        return values.reshape(info.shape)
 
 
 class _Cursor:

@@ -171,7 +171,7 @@ def test_templates_may_use_what_published_ones_use():
         "{{ raise_exception('roles must alternate') }}",
         "{{ messages.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__globals__['json'] }}",
         "{% for i in range(100000000) %}{% endfor %}",
         "{{ nothing.at.all }}",
         "{% broken",
