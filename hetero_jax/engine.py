@@ -165,18 +165,19 @@ class Engine:
         return admitted, refused
 
     def _group(self, request: Request, defaults: SamplingParams) -> RequestGroup:
-        params = request.sampling_params or defaults
         ids = self._encode(request)
-        stops = tuple(dict.fromkeys((*(() if params.ignore_eos else self.model.eos_token_ids), *params.stop_token_ids)))
+        params = self._resolve(request.sampling_params or defaults, len(ids))
+        eos = () if params.ignore_eos else self.model.eos_token_ids
+        stops = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
         group = RequestGroup(request=request, params=params, prompt_token_ids=ids, stop_token_ids=stops)
         TextStream(self.model.tokenizer, params, self.model.eos_token_ids)  # refuses stop strings without a tokenizer
-        self._scheduler.check(len(ids), self._max_tokens(group))
+        self._scheduler.check(len(ids), params.max_tokens or 1)
         return group
 
-    def _max_tokens(self, group: RequestGroup) -> int:
-        room = self.max_model_len - len(group.prompt_token_ids)
-        wanted = group.params.max_tokens
-        return max(room, 1) if wanted is None else wanted
+    def _resolve(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
+        """max_tokens=None means up to the model's length."""
+        room = max(self.max_model_len - prompt_tokens, 1)
+        return params if params.max_tokens is not None else replace(params, max_tokens=room)
 
     def _encode(self, request: Request) -> tuple[int, ...]:
         tokenizer, vocab = self.model.tokenizer, self.plan.vocab_size
@@ -207,7 +208,7 @@ class Engine:
                 text=TextStream(self.model.tokenizer, group.params, self.model.eos_token_ids),
                 tokens=list(group.prompt_token_ids),
             )
-            self._scheduler.add(seq_id, len(group.prompt_token_ids), self._max_tokens(group))
+            self._scheduler.add(seq_id, len(group.prompt_token_ids), group.params.max_tokens or 1)
             ids.append(seq_id)
         return ids
 

@@ -1,0 +1,20 @@
+"""hetero_jax: offline LLM generation in JAX when the accelerator's memory, not its arithmetic, is the limit."""
+
+from hetero_jax.config import EngineConfig
+from hetero_jax.engine import Engine, EngineStats
+from hetero_jax.errors import HeteroJaxError
+from hetero_jax.outputs import Completion, Request, Sample
+from hetero_jax.sampling_params import SamplingParams
+from models import load
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "HeteroJaxError",
+    "Request",
+    "Sample",
+    "SamplingParams",
+    "load",
+]

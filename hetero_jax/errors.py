@@ -1,0 +1,35 @@
+"""Errors of the engine and the job.
+
+    HeteroJaxError                 anything this package raises on purpose
+    |-- ConfigError                a configuration that does not fit the model or the machine
+    |-- RequestError               a request that cannot run
+    |   |-- SamplingParamsError    a sampling parameter out of range, or a combination that has no meaning
+    |   `-- CapacityError          longer than the model or the KV pool allows
+    `-- JobError                   a job that cannot start or go on: input, output file, lock
+"""
+
+from __future__ import annotations
+
+
+class HeteroJaxError(Exception):
+    """Base class; the message says what was seen and what is allowed."""
+
+
+class ConfigError(HeteroJaxError):
+    """A configuration that does not fit the model or the machine."""
+
+
+class RequestError(HeteroJaxError):
+    """A request that cannot run."""
+
+
+class SamplingParamsError(RequestError):
+    """A sampling parameter out of range, or a combination that has no meaning."""
+
+
+class CapacityError(RequestError):
+    """A sequence longer than the model or the whole KV pool allows."""
+
+
+class JobError(HeteroJaxError):
+    """A job that cannot start or go on: bad input rows, an output file of another job, a lock."""
