@@ -88,8 +88,14 @@ def paged_attention(
 
 
 def _append(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    flat = pages.reshape(-1, *pages.shape[2:])
-    return flat.at[slots].set(rows.astype(pages.dtype), mode="drop").reshape(pages.shape)
+    flat = _as_bits(pages).reshape(-1, *pages.shape[2:])
+    flat = flat.at[slots].set(_as_bits(rows.astype(pages.dtype)), mode="drop")
+    return jax.lax.bitcast_convert_type(flat, pages.dtype).reshape(pages.shape)
+
+
+def _as_bits(array: jax.Array) -> jax.Array:
+    """16-bit floats as integers: XLA CPU scatters and gathers those by way of an f32 copy of the whole pool."""
+    return jax.lax.bitcast_convert_type(array, jnp.uint16) if array.dtype.itemsize == 2 else array
 
 
 def _decode_rows(pool: KVPool, q: jax.Array, layout: AttentionLayout, site: AttentionSpec, out: jax.Array) -> jax.Array:
@@ -124,7 +130,7 @@ def _gather(pool: KVPool, page_table: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values [..., P * page_size, kv_heads, dim] of page tables [..., P]."""
 
     def of(pages: jax.Array) -> jax.Array:
-        found = pages[page_table]
+        found = jax.lax.bitcast_convert_type(_as_bits(pages)[page_table], pages.dtype)
         axis = page_table.ndim
         return found.reshape(*found.shape[: axis - 1], -1, *found.shape[axis + 1 :])
 

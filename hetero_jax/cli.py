@@ -1,0 +1,197 @@
+"""The command line: hetero-jax generate | convert | plan."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+import models
+from hetero_jax.config import EngineConfig
+from hetero_jax.engine import Engine
+from hetero_jax.errors import ConfigError, HeteroJaxError
+from hetero_jax.job import EXIT_CLEAN, EXIT_FAILED, JobConfig, run_job
+from hetero_jax.sampling_params import SamplingParams
+from partition import PartitionError
+
+_OVERVIEW = """hetero-jax: offline LLM generation; KV cache and attention on the CPU, the rest on the accelerator.
+
+  hetero-jax generate --model=MODEL --input=prompts.jsonl --output=completions.jsonl --max_tokens=64 --temperature=0
+  hetero-jax convert  --model=MODEL --output=FOLDER      write an Orbax checkpoint that loads without conversion
+  hetero-jax plan     --model=MODEL                      print how the model is cut, and run nothing
+
+MODEL is a GGUF file, a Hugging Face folder (config.json, *.safetensors, tokenizer.json), an Orbax checkpoint made by
+`hetero-jax convert`, or random:NAME for random weights of a public shape (random:llama-3-8b).
+An input row is {"id", "prompt" | "messages" | "prompt_token_ids", "sampling_params"?}.
+
+`hetero-jax COMMAND --help` lists the flags of a command."""
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    argv = list(sys.argv if argv is None else argv)
+    if len(argv) < 2 or argv[1] in ("--help", "-h", "help"):
+        print(_OVERVIEW)
+        return EXIT_CLEAN
+    commands = {
+        "generate": (_generate_flags, _generate),
+        "convert": (_convert_flags, _convert),
+        "plan": (_plan_flags, _plan),
+    }
+    if argv[1] not in commands:
+        print(f"hetero-jax: unknown command {argv[1]!r}; allowed: {', '.join(commands)}", file=sys.stderr)
+        return EXIT_FAILED
+    define, run = commands[argv[1]]
+    return _run(argv[1], define, run, argv[2:])
+
+
+def _run(
+    name: str, define: Callable[[flags.FlagValues], None], run: Callable[[flags.FlagValues], int], args: Sequence[str]
+) -> int:
+    values = flags.FlagValues()
+    define(values)
+    if "--help" in args or "-h" in args:
+        print(f"hetero-jax {name}: flags\n{values.get_help()}")
+        return EXIT_CLEAN
+    try:
+        rest = values([f"hetero-jax {name}", *args])[1:]
+        if rest:
+            raise ConfigError(f"unexpected argument {rest[0]!r}; allowed: flags, as --name=value")
+        return run(values)
+    except (HeteroJaxError, models.ModelError, PartitionError, flags.Error) as error:
+        print(f"hetero-jax {name}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _model_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "model", None, "GGUF file, Hugging Face folder, Orbax checkpoint or random:NAME.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "Type of weights and activations.", flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of rows that bring none, and of random weights.", flag_values=values)
+    flags.mark_flag_as_required("model", flag_values=values)
+
+
+def _engine_flags(values: flags.FlagValues) -> None:
+    def integer(name: str, default: int | None, text: str) -> None:
+        flags.DEFINE_integer(name, default, text, flag_values=values)
+
+    flags.DEFINE_string("kv_cache_bytes", "1G", "Memory of the KV pools: 2G, 512M ...", flag_values=values)
+    flags.DEFINE_enum("kv_cache_dtype", None, ["float32", "bfloat16"], "Default: the model's.", flag_values=values)
+    integer("page_size", 16, "Token positions in a KV page.")
+    integer("max_num_batched_tokens", 512, "Rows of one microbatch, prefill and decode together.")
+    integer("max_num_seqs", 256, "Running sequences.")
+    integer("num_microbatches", 2, "Microbatches in flight.")
+    integer("max_model_len", None, "Longest prompt + output; default: the model's.")
+    flags.DEFINE_enum("tier1", None, ["cpu", "gpu"], "Where the dense stages run; default: JAX's.", flag_values=values)
+    flags.DEFINE_enum(
+        "attention", "tier2", ["tier1", "tier2"], "Where KV cache and attention live.", flag_values=values
+    )
+    flags.DEFINE_float("tier1_memory_gb", None, "Most memory to use on tier 1.", flag_values=values)
+
+
+def _generate_flags(values: flags.FlagValues) -> None:
+    _model_flags(values)
+    _engine_flags(values)
+    flags.DEFINE_string("input", None, "JSON lines of prompts.", flag_values=values)
+    flags.DEFINE_string("output", None, "JSON lines of completions; gone on with if it exists.", flag_values=values)
+    flags.DEFINE_enum("on_error", "record", ["fail", "record"], "What a bad row does.", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "Start the output anew.", flag_values=values)
+    flags.mark_flags_as_required(["input", "output"], flag_values=values)
+    default = SamplingParams()
+    for name in ("n", "top_k", "max_tokens", "min_tokens", "logprobs"):
+        flags.DEFINE_integer(name, getattr(default, name), _OF_ROWS, flag_values=values)
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        flags.DEFINE_float(name, getattr(default, name), _OF_ROWS, flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "Stop string; may be repeated. " + _OF_ROWS, flag_values=values)
+    flags.DEFINE_bool("ignore_eos", False, _OF_ROWS, flag_values=values)
+
+
+_OF_ROWS = "Sampling parameter of rows that do not set it."
+
+
+def _plan_flags(values: flags.FlagValues) -> None:
+    _model_flags(values)
+    _engine_flags(values)
+
+
+def _convert_flags(values: flags.FlagValues) -> None:
+    _model_flags(values)
+    flags.DEFINE_string("output", None, "Folder to make.", flag_values=values)
+    flags.mark_flag_as_required("output", flag_values=values)
+
+
+def _generate(values: flags.FlagValues) -> int:
+    names = set(SamplingParams.__dataclass_fields__) - {"seed", "stop_token_ids", "logit_bias"}
+    defaults = SamplingParams(**{name: values[name].value for name in names})
+    config = _engine_config(values)
+    job = JobConfig(
+        input=Path(values["input"].value),
+        output=Path(values["output"].value),
+        defaults=defaults,
+        context={
+            "model": models.fingerprint(values["model"].value),
+            "dtype": values["dtype"].value,
+            "kv_cache_dtype": config["kv_cache_dtype"],
+            "seed": config["seed"],
+        },
+        on_error=values["on_error"].value,
+        overwrite=values["overwrite"].value,
+    )
+    return run_job(job, lambda: _engine(values))
+
+
+def _convert(values: flags.FlagValues) -> int:
+    output = values["output"].value
+    models.save(_load(values), output)
+    print(f"wrote {output}")
+    return EXIT_CLEAN
+
+
+def _plan(values: flags.FlagValues) -> int:
+    engine = _engine(values)
+    print(engine.plan)
+    print(engine)
+    return EXIT_CLEAN
+
+
+def _engine_config(values: flags.FlagValues) -> dict[str, Any]:
+    names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches")
+    names += ("max_model_len", "tier1", "attention", "tier1_memory_gb", "seed")
+    config = {name: values[name].value for name in names}
+    return {**config, "kv_cache_bytes": parse_bytes(values["kv_cache_bytes"].value)}
+
+
+def _engine(values: flags.FlagValues) -> Engine:
+    return Engine(_load(values), EngineConfig(**_engine_config(values)))
+
+
+def _load(values: flags.FlagValues) -> models.LoadedModel:
+    return models.load(values["model"].value, dtype=values["dtype"].value, seed=values["seed"].value)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 2G, 512M or 1048576.
+
+    Raises:
+      ConfigError: not a size.
+    """
+    number, unit = text.strip().rstrip("BbIi"), ""
+    if number[-1:].upper() in _UNITS and number[-1:]:
+        number, unit = number[:-1], number[-1].upper()
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except ValueError as error:
+        raise ConfigError(f"kv_cache_bytes={text!r}; allowed: a number with K, M, G or T, such as 2G") from error
+    if size < 1:
+        raise ConfigError(f"kv_cache_bytes={text!r}; allowed: more than 0")
+    return size
