@@ -62,6 +62,8 @@ class DecoderConfig:
             _check_int(name, getattr(self, name), ceiling)
         for name in ("rms_norm_eps", "rope_theta"):
             _check_positive(name, getattr(self, name))
+        if self.rope_theta <= 1:  # the frequencies must fall
+            raise ModelFormatError(f"rope_theta must be greater than 1, not {self.rope_theta!r}")
         if self.sliding_window is not None:
             _check_int("sliding_window", self.sliding_window, _CEILINGS["max_position_embeddings"])
         self._check_heads()

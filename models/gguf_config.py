@@ -8,7 +8,7 @@ from typing import Any
 from models.config import DecoderConfig
 from models.errors import ModelFormatError, UnsupportedModelError
 from models.gguf_file import GgufFile
-from models.rope import RopeScaling, rope_frequencies
+from models.rope import RopeScaling, yarn_attention_factor
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 files call themselves llama
 
@@ -105,9 +105,11 @@ def _rope_scaling(file: GgufFile, arch: str) -> RopeScaling | None:
 
 def _with_attention_factor(file: GgufFile, prefix: str, scaling: RopeScaling) -> RopeScaling:
     """GGUF's factor multiplies the one that follows from the formula, Hugging Face's replaces it."""
-    extra = _get(file, prefix + "attn_factor", _get(file, prefix + "yarn_attn_factor", 1.0))
-    _, usual = rope_frequencies(2, 10000.0, scaling)
-    return dataclasses.replace(scaling, attention_factor=usual * extra)
+    key = prefix + ("attn_factor" if prefix + "attn_factor" in file.metadata else "yarn_attn_factor")
+    extra = _get(file, key, 1.0)
+    if not isinstance(extra, int | float):
+        raise ModelFormatError(f"{file.path}: {key} must be a positive number, not {extra!r}")
+    return dataclasses.replace(scaling, attention_factor=yarn_attention_factor(scaling) * extra)
 
 
 def _rope_factors(file: GgufFile, kind: str) -> RopeScaling:

@@ -70,7 +70,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     elif scaling.rope_type == "llama3":
         inv_freq = _llama3(base, scaling)
     elif scaling.rope_type == "yarn":
-        inv_freq, attention_factor = _yarn(base, theta, scaling), _yarn_attention_factor(scaling)
+        inv_freq, attention_factor = _yarn(base, theta, scaling), yarn_attention_factor(scaling)
     else:
         inv_freq = _divide_by_factors(base, scaling)
     return inv_freq.astype(np.float32), attention_factor
@@ -111,7 +111,8 @@ def _yarn(base: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
     return base * (1.0 - stretched + stretched / scaling.factor)
 
 
-def _yarn_attention_factor(scaling: RopeScaling) -> float:
+def yarn_attention_factor(scaling: RopeScaling) -> float:
+    """What multiplies cosines and sines under yarn: given, or by the formula of the paper."""
     if scaling.attention_factor is not None:
         return scaling.attention_factor
 

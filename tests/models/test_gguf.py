@@ -187,6 +187,8 @@ def test_damaged_headers_never_end_in_anything_but_a_model_error(tmp_path):
 def test_values_of_the_wrong_kind_end_in_a_model_error(tmp_path, value):
     metadata, tensors = parts()
     path = write_gguf(tmp_path / "m.gguf", metadata, tensors)
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 32, "attn_factor": 2.0, "yarn_beta_fast": 32.0}
+    metadata |= {f"llama.rope.scaling.{key}": value for key, value in yarn.items()}
     for key in metadata:
         file = GgufFile(path)
         file.metadata = {**metadata, key: value}
