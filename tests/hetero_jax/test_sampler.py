@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
+from hetero_jax import sampler_math
 from hetero_jax.sampler import RowSampling, SamplerVariant, build_inputs, sample
 from hetero_jax.sampling_params import SamplingParams
 
@@ -66,7 +71,7 @@ def _softmax(x: np.ndarray) -> np.ndarray:
 
 def _reference_probabilities(logits: np.ndarray, row: RowSampling) -> np.ndarray:
     params = row.params
-    x = _reference_logits(logits, row) / params.temperature
+    x = _reference_logits(logits, row) / max(params.temperature, 0.01)
     p = _softmax(x)
     x = np.where(p < params.min_p * p.max(), -np.inf, x)
     if 0 < params.top_k < len(x):
@@ -94,6 +99,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "temperature 1": {},
     "temperature 0.3": {"temperature": 0.3},
     "temperature 2": {"temperature": 2.0},
+    "temperature 0.001": {"temperature": 0.001},  # which vLLM takes for 0.01
     "min_p": {"min_p": 0.02},
     "top_k 1": {"top_k": 1},
     "top_k 40": {"top_k": 40},
@@ -114,31 +120,37 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
+def _drawn() -> dict[str, list[tuple[np.ndarray, RowSampling, float, int]]]:
+    """64 draws with each feature, all in one call: logits, row, random number and token of each."""
+    rows = {
+        name: [
+            _row(i, output=(11, 12, 11, 950)[: 3 if "min_tokens" in params else 4], prompt=(1, 2, 3, 11), **params)
+            for i in range(64)
+        ]
+        for name, params in FEATURES.items()
+    }
+    flat = [row for some in rows.values() for row in some]
+    logits = _logits(len(flat))
+    draws = list(zip(logits, flat, _uniforms(flat, VOCAB), _run(logits, flat).tokens, strict=True))
+    return {name: draws[i * 64 : (i + 1) * 64] for i, name in enumerate(rows)}
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_draws_are_the_inverse_cdf_of_vllms_distribution(name: str) -> None:
     """Every row's token is where its random number falls in the reference's CDF: support and probabilities at once."""
-    logits = _logits(128)
-    output = (11, 12, 11, 950)[: 3 if name.startswith("min_tokens") else 4]
-    rows = [_row(i, output=output, prompt=(1, 2, 3, 11), **FEATURES[name]) for i in range(128)]
-    tokens = _run(logits, rows).tokens
-    for row, uniform, token, x in zip(rows, _uniforms(rows, VOCAB), tokens, logits, strict=True):
+    for x, row, uniform, token in _drawn()[name]:
         p = _reference_probabilities(x, row)
         assert p[token] > 0, f"token {token} is filtered out"
         end = np.cumsum(p)[token]
         assert end - p[token] - 2e-6 <= uniform <= end + 2e-6
 
 
-@pytest.mark.parametrize("name", ["logit_bias", "min_tokens", "repetition", "all penalties"])
+@pytest.mark.parametrize("name", ["logit_bias", "min_tokens", "repetition", "frequency", "all penalties"])
 def test_greedy_rows_take_the_argmax_of_the_adjusted_logits(name: str) -> None:
     logits = _logits(64)
-    rows = [
-        _row(i, output=(11, 12, 11), temperature=0.0, **FEATURES[name])
-        for i in range(64)
-        if "top_p" not in FEATURES[name]
-    ]
-    rows = rows or [
-        _row(i, output=(11, 12, 11), temperature=0.0, repetition_penalty=1.3, frequency_penalty=-9.0) for i in range(64)
-    ]
+    params: dict[str, Any] = FEATURES[name] | {"temperature": 0.0, "top_p": 1.0}
+    rows = [_row(i, output=(11, 12, 11), **params) for i in range(64)]
     expected = [int(np.argmax(_reference_logits(x, row))) for x, row in zip(logits, rows, strict=True)]
     assert _run(logits, rows).tokens.tolist() == expected
 
@@ -217,11 +229,10 @@ def _observed(outputs: Any, index: int, row: RowSampling) -> tuple[Any, ...]:
     return int(outputs.tokens[index]), logprobs, *top
 
 
-@pytest.mark.parametrize("vocab_size", [VOCAB, 4096])
-def test_a_row_does_not_see_the_others(vocab_size: int) -> None:
+def test_a_row_does_not_see_the_others() -> None:
     """Alone with its own variant, among all, permuted, in other numbers of slots: the same bits."""
     rows = _mixed_rows()
-    logits = _logits(len(rows), vocab_size)
+    logits = _logits(len(rows))
     together = _run(logits, rows)
     expected = [_observed(together, i, row) for i, row in enumerate(rows)]
     order = np.random.default_rng(1).permutation(len(rows))
@@ -312,6 +323,49 @@ def test_flat_and_peaked_rows(scale: float) -> None:
         end = np.cumsum(p)[token]
         assert p[token] > 0 or scale == 0.01  # near-equals of the border may be kept with it
         assert end - p[token] - 1e-4 <= uniform <= end + 1e-4
+
+
+# --- the exact arithmetic, against integers of Python
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([3, 40, 400]), st.integers(1, 300), st.floats(0.001, 0.9999))
+def test_thresholds_are_exact_with_many_equals(seed: int, num_values: int, k: int, p: float) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.choice(rng.normal(size=num_values) * 4, (2, 300)).astype(np.float32)
+    x[rng.random((2, 300)) < 0.2] = -np.inf
+    found = np.asarray(_TOP_K(x, np.full(2, k, np.int32)))
+    assert found.tolist() == (np.sort(x, -1)[:, -k] if k < 300 else np.full(2, -np.inf)).tolist()
+
+    w = np.asarray(sampler_math.weights(jnp.asarray(x), jnp.ones(2)))
+    scale = np.asarray(sampler_math.scale_of(jnp.asarray(w)))
+    q = np.rint(w * scale).astype(np.int64)
+    assert (abs(q.sum(-1) - 1.5 * 2**29) <= 2**28 + 150).all()  # 2**29..2**30, but for rounding
+    found = np.asarray(_TOP_P(w, scale, np.full(2, p, np.float32)))
+    for row in range(2):
+        target = math.ceil(np.float32(p) * np.float32(q[row].sum()))
+        reaching = [value for value in np.unique(w[row]) if q[row][w[row] >= value].sum() >= target]
+        assert found[row] == max(reaching)
+
+
+_TOP_K = jax.jit(sampler_math.top_k_threshold)
+_TOP_P = jax.jit(sampler_math.top_p_threshold)
+_DRAW = jax.jit(sampler_math.draw)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32), st.floats(0, 1), st.one_of(st.sampled_from([0, 2**31, 2**32 - 1]), st.integers(0, 2**32 - 1))
+)
+def test_draw_is_exact(seed: int, density: float, bits: int) -> None:
+    rng = np.random.default_rng(seed)
+    q = rng.integers(1, 2**30 // 700, (3, 700)) * (rng.random((3, 700)) < density)
+    q[0, rng.integers(700)] += 1
+    found = np.asarray(_DRAW(q.astype(np.int32), np.full(3, bits, np.uint32)))
+    for row in range(3):
+        rank = bits * int(q[row].sum()) >> 32
+        expected = int(np.searchsorted(np.cumsum(q[row]), rank, side="right"))
+        assert found[row] == min(expected, 699)
 
 
 def test_id_lists_come_in_few_lengths() -> None:
