@@ -1,11 +1,11 @@
 """Errors of the engine and the job.
 
-    HeteroJaxError                 anything this package raises on purpose
-    |-- ConfigError                a configuration that does not fit the model or the machine
-    |-- RequestError               a request that cannot run
-    |   |-- SamplingParamsError    a sampling parameter out of range, or a combination that has no meaning
-    |   `-- CapacityError          longer than the model or the KV pool allows
-    `-- JobError                   a job that cannot start or go on: input, output file, lock
+HeteroJaxError                 anything this package raises on purpose
+|-- ConfigError                a configuration that does not fit the model or the machine
+|-- RequestError               a request that cannot run
+|   |-- SamplingParamsError    a sampling parameter out of range, or a combination that has no meaning
+|   `-- CapacityError          longer than the model or the KV pool allows
+`-- JobError                   a job that cannot start or go on: input, output file, lock
 """
 
 from __future__ import annotations

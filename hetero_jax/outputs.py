@@ -50,7 +50,11 @@ class Sample:
 
     def to_row(self) -> dict[str, Any]:
         """The sample as JSON can hold it."""
-        row: dict[str, Any] = {"text": self.text, "token_ids": list(self.token_ids), "finish_reason": self.finish_reason}
+        row: dict[str, Any] = {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+        }
         if self.stop_reason is not None:
             row["stop_reason"] = self.stop_reason
         if self.logprobs is not None:

@@ -65,7 +65,9 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingParamsError(f"min_tokens={self.min_tokens}; allowed: at most max_tokens={self.max_tokens}")
         if self.temperature == 0 and self.n > 1:
-            raise SamplingParamsError(f"n={self.n} with temperature=0; allowed: n=1, as greedy samples are all the same")
+            raise SamplingParamsError(
+                f"n={self.n} with temperature=0; allowed: n=1, as greedy samples are all the same"
+            )
 
     def _check_integers(self) -> None:
         _integer("n", self.n, 1, 1024)

@@ -1,0 +1,171 @@
+"""The engine on a tiny random model: families against the plain forward pass, limits, bad input, stopping early."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import hetero_jax as hj
+import models
+from hetero_jax.errors import ConfigError, RequestError
+
+TINY = models.SHAPES["tiny"]
+FAMILIES = {
+    "llama": TINY,
+    "untied": dataclasses.replace(TINY, tie_word_embeddings=False),
+    "mistral": dataclasses.replace(TINY, model_type="mistral", sliding_window=6),
+    "qwen2": dataclasses.replace(TINY, model_type="qwen2", qkv_bias=True),
+    "qwen3": dataclasses.replace(TINY, model_type="qwen3", qk_norm=True),
+    "linear rope": dataclasses.replace(TINY, rope_scaling=models.RopeScaling(rope_type="linear", factor=2.0)),
+}
+
+
+def _loaded(config: models.DecoderConfig, seed: int = 0) -> models.LoadedModel:
+    module = models.Decoder(config, rngs=nnx.Rngs(seed), dtype=jnp.float32)
+    return models.LoadedModel(
+        name="tiny", module=module, config=config, tokenizer=None, eos_token_ids=(), fingerprint="tiny"
+    )
+
+
+def _engine(config=TINY, **options) -> hj.Engine:
+    return hj.Engine(_loaded(config), hj.EngineConfig(**{"kv_cache_bytes": 1 << 20, "max_model_len": 128, **options}))
+
+
+@pytest.fixture(scope="module")
+def engine() -> hj.Engine:
+    return _engine()
+
+
+def _plain_greedy(module, prompt, count) -> tuple[list[int], list[float]]:
+    """Greedy tokens by the whole forward pass at every step, and the log probability of each."""
+    ids, logprobs = list(prompt), []
+    for _ in range(count):
+        positions = jnp.arange(len(ids))[None]
+        logits = np.asarray(module(jnp.asarray([ids]), positions)[0, -1], np.float64)
+        ids.append(int(logits.argmax()))
+        logprobs.append(float(logits.max() - logits.max() - np.log(np.exp(logits - logits.max()).sum())))
+    return ids[len(prompt) :], logprobs
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cached_decoding_equals_the_plain_model_for_every_family(name):
+    engine = _engine(FAMILIES[name], max_num_batched_tokens=8, page_size=4)
+    prompts = [np.random.default_rng(n).integers(0, TINY.vocab_size, n) for n in (1, 3, 21)]
+    params = hj.SamplingParams(max_tokens=10, temperature=0, logprobs=1)
+    for completion in engine.generate(prompts, params):
+        tokens, logprobs = _plain_greedy(engine.model.module, prompts[int(completion.id)], 10)
+        assert list(completion.token_ids) == tokens
+        seen = [step[token] for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+        np.testing.assert_allclose(seen, logprobs, atol=1e-4)
+
+
+def test_empty_input_gives_nothing(engine):
+    assert list(engine.generate([])) == []
+
+
+def test_one_prompt_may_be_given_bare(engine):
+    (completion,) = engine.generate(hj.Request(id="only", prompt_token_ids=(1, 2)), hj.SamplingParams(max_tokens=3))
+    assert completion.id == "only"
+    assert completion.usage == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert completion.finish_reason == "length"
+
+
+def test_samples_of_a_request_differ_and_repeat(engine):
+    params = hj.SamplingParams(n=4, max_tokens=8, temperature=1, seed=3)
+    (first,), (again,) = (list(engine.generate([[1, 2, 3]], params)) for _ in range(2))
+    assert len({sample.token_ids for sample in first.outputs}) > 1
+    assert [s.token_ids for s in first.outputs] == [s.token_ids for s in again.outputs]
+    assert [sample.index for sample in first.outputs] == [0, 1, 2, 3]
+
+
+def test_seed_of_the_engine_is_used_where_a_request_has_none():
+    params = hj.SamplingParams(max_tokens=12, temperature=1)
+    tokens = [next(_engine(seed=seed).generate([[1, 2, 3]], params)).token_ids for seed in (0, 0, 1)]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_many_prompts_through_a_small_pool(engine):
+    small = _engine(kv_cache_bytes=40 << 10, page_size=4)
+    prompts = [[n % 50, n % 7] for n in range(300)]
+    params = hj.SamplingParams(max_tokens=4, temperature=0)
+    seen = {completion.id: completion.token_ids for completion in small.generate(prompts, params)}
+    assert len(seen) == 300
+    alone = {completion.id: completion.token_ids for completion in engine.generate(prompts[:40], params)}
+    assert {row: seen[row] for row in alone} == alone
+    assert small.stats.pages_used == 0
+
+
+def test_a_sequence_longer_than_the_model_is_refused_before_anything_runs(engine):
+    steps = engine.stats.steps
+    with pytest.raises(RequestError, match="request '1'.*128"):
+        next(engine.generate([[1], [2] * 200]))
+    assert engine.stats.steps == steps
+
+
+def test_recorded_errors_do_not_stop_the_others(engine):
+    prompts = [[1], [2] * 200, "text", [10**6], []]
+    found = {c.id: c for c in engine.generate(prompts, hj.SamplingParams(max_tokens=2), on_error="record")}
+    assert [found[str(n)].finish_reason for n in range(5)] == ["length", "error", "error", "error", "error"]
+    assert "no tokenizer" in found["2"].error
+    assert "1000000 is outside the vocabulary" in found["3"].error
+    assert "no tokens" in found["4"].error
+
+
+def test_a_caller_that_stops_early_leaves_nothing_behind(engine):
+    stream = engine.generate([[n] for n in range(20)], hj.SamplingParams(max_tokens=3, temperature=0))
+    next(stream)
+    stream.close()
+    (after,) = engine.generate([[1, 2]], hj.SamplingParams(max_tokens=3, temperature=0))
+    assert len(after.token_ids) == 3
+    assert engine.stats.pages_used == 0
+
+
+def test_stop_token_ids_end_a_sequence(engine):
+    (free,) = engine.generate([[5, 6]], hj.SamplingParams(max_tokens=8, temperature=0))
+    stop = free.token_ids[3]
+    first = free.token_ids.index(stop)
+    (stopped,) = engine.generate([[5, 6]], hj.SamplingParams(max_tokens=8, temperature=0, stop_token_ids=[stop]))
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    assert (stopped.finish_reason, stopped.outputs[0].stop_reason) == ("stop", stop)
+
+
+def test_max_tokens_none_goes_on_to_the_end_of_the_model(engine):
+    (completion,) = engine.generate([[1] * 100], hj.SamplingParams(max_tokens=None, temperature=0))
+    assert completion.usage["total_tokens"] == 128
+    assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_bytes": 10}, "holds no page"),
+        ({"tier1_memory_gb": 1e-6}, "the weights take"),
+        ({"page_size": 0}, "page_size=0"),
+        ({"tier1": "gpu"}, "tier1='gpu'.*JAX sees"),
+        ({"attention": "tier3"}, "attention='tier3'"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused_with_the_numbers(options, message):
+    with pytest.raises(ConfigError, match=message):
+        _engine(**options)
+
+
+def test_bf16_pools_and_weights_follow_the_plain_bf16_model():
+    module = models.Decoder(TINY, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    loaded = dataclasses.replace(_loaded(TINY), module=module)
+    engine = hj.Engine(loaded, hj.EngineConfig(kv_cache_bytes=1 << 20, max_model_len=64))
+    (completion,) = engine.generate([[1, 2, 3, 4]], hj.SamplingParams(max_tokens=1, temperature=0, logprobs=5))
+    logits = np.asarray(module(jnp.asarray([[1, 2, 3, 4]]), jnp.arange(4)[None])[0, -1], np.float64)
+    expected = logits - np.log(np.exp(logits).sum())
+    for token, value in completion.logprobs[0].items():
+        assert value == pytest.approx(expected[token], abs=0.05)
+
+
+def test_repr_says_what_runs_where(engine):
+    assert "dense stages on" in repr(engine)
+    assert "attention sites on" in repr(engine)
+    assert "KV pages of 16 tokens" in repr(engine)
