@@ -183,7 +183,7 @@ def _threshold(
     """The largest threshold [S] such that the amounts of x >= threshold reach the target; -inf for target 0.
 
     Exact. Bisection over the bits of the floats, which order as the floats do, until what is missing lies for certain
-    within the next few values, which are then listed. (A bisection to the end takes 3 times as long.)
+    within the next few values, which are then listed. (A bisection to the end takes about twice as long.)
 
     Args:
       x: [S, V] float32.
