@@ -70,48 +70,6 @@ def scale_of(w: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((2 * 127 + _TOTAL_BITS - 1 - exponent) << 23, jnp.float32)
 
 
-def scale_of(w: jax.Array) -> jax.Array:
-    """The power of two [S, 1] that brings the sum of weights [S, V] to 2**29..2**30."""
-    total = jnp.maximum(_pairwise_sum(w), 1.0)
-    exponent = lax.shift_right_logical(lax.bitcast_convert_type(total, jnp.int32), 23)  # 127 + floor(log2(total))
-    return lax.bitcast_convert_type((2 * 127 + _TOTAL_BITS - 1 - exponent) << 23, jnp.float32)
-
-
-def scale_of(w: jax.Array) -> jax.Array:
-    """The power of two [S, 1] that brings the sum of weights [S, V] to 2**29..2**30."""
-    total = jnp.maximum(_pairwise_sum(w), 1.0)
-    exponent = lax.shift_right_logical(lax.bitcast_convert_type(total, jnp.int32), 23)  # 127 + floor(log2(total))
-    return lax.bitcast_convert_type((2 * 127 + _TOTAL_BITS - 1 - exponent) << 23, jnp.float32)
-
-
-def scale_of(w: jax.Array) -> jax.Array:
-    """The power of two [S, 1] that brings the sum of weights [S, V] to 2**29..2**30."""
-    total = jnp.maximum(_pairwise_sum(w), 1.0)
-    exponent = lax.shift_right_logical(lax.bitcast_convert_type(total, jnp.int32), 23)  # 127 + floor(log2(total))
-    return lax.bitcast_convert_type((2 * 127 + _TOTAL_BITS - 1 - exponent) << 23, jnp.float32)
-
-
-def scale_of(w: jax.Array) -> jax.Array:
-    """The power of two [S, 1] that brings the sum of weights [S, V] to 2**29..2**30."""
-    total = jnp.maximum(_pairwise_sum(w), 1.0)
-    exponent = lax.shift_right_logical(lax.bitcast_convert_type(total, jnp.int32), 23)  # 127 + floor(log2(total))
-    return lax.bitcast_convert_type((2 * 127 + _TOTAL_BITS - 1 - exponent) << 23, jnp.float32)
-
-
-def scale_of(w: jax.Array) -> jax.Array:
-    """The power of two [S, 1] that brings the sum of weights [S, V] to 2**29..2**30."""
-    total = jnp.maximum(_pairwise_sum(w), 1.0)
-    exponent = lax.shift_right_logical(lax.bitcast_convert_type(total, jnp.int32), 23)  # 127 + floor(log2(total))
-    return lax.bitcast_convert_type((2 * 127 + _TOTAL_BITS - 1 - exponent) << 23, jnp.float32)
-
-
-def scale_of(w: jax.Array) -> jax.Array:
-    """The power of two [S, 1] that brings the sum of weights [S, V] to 2**29..2**30."""
-    total = jnp.maximum(_pairwise_sum(w), 1.0)
-    exponent = lax.shift_right_logical(lax.bitcast_convert_type(total, jnp.int32), 23)  # 127 + floor(log2(total))
-    return lax.bitcast_convert_type((2 * 127 + _TOTAL_BITS - 1 - exponent) << 23, jnp.float32)
-
-
 def integer_probabilities(w: jax.Array, scale: jax.Array) -> jax.Array:
     """Scaled weights as int32 [S, V]. Tokens of probability under about 2**-30 become 0."""
     return jnp.rint(w * scale).astype(jnp.int32)
