@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,15 +16,15 @@ import models
 from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.config import EngineConfig
 from hetero_jax.dense_tier import DenseTier
-from hetero_jax.devices import land, place
+from hetero_jax.devices import place
 from hetero_jax.errors import CapacityError, ConfigError, RequestError
 from hetero_jax.outputs import Completion, Request
-from hetero_jax.rows import PackedRows, pack
-from hetero_jax.sampler import build_inputs, sample
+from hetero_jax.rows import pack
 from hetero_jax.sampling_params import SamplingParams
 from hetero_jax.scheduler import Batch, Scheduler, SchedulerConfig
-from hetero_jax.sequence import RequestGroup, SequenceState, failed, token_logprobs
+from hetero_jax.sequence import RequestGroup, SequenceState, failed
 from hetero_jax.text import TextStream
+from hetero_jax.walk import Tiers, Timings, Walk
 from partition import Plan, partition
 
 Prompt = str | Sequence[int] | Request
@@ -97,8 +96,8 @@ class Engine:
                 max_model_len=self.max_model_len,
             )
         )
-        reads = [frozenset(stage.reads) for stage in self.plan.stages]
-        self._reads_from = [frozenset().union(*reads[index:]) for index in range(len(reads))]
+        self._timings = Timings(enabled=self.config.profile)
+        self._tiers = Tiers(self.plan, self._dense, self._attention, self._timings)
         self._sequences: dict[int, SequenceState] = {}
         self._next_id = 0
         self._stats = EngineStats(pages_total=self._num_pages)
@@ -114,7 +113,12 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """Counters so far."""
-        return replace(self._stats, pages_used=self._scheduler.pages_used, preemptions=self._scheduler.num_preemptions)
+        return replace(
+            self._stats,
+            pages_used=self._scheduler.pages_used,
+            preemptions=self._scheduler.num_preemptions,
+            **{f"{part}_s": seconds for part, seconds in self._timings.seconds.items()},
+        )
 
     def generate(
         self,
@@ -167,6 +171,8 @@ class Engine:
     def _group(self, request: Request, defaults: SamplingParams) -> RequestGroup:
         ids = self._encode(request)
         params = self._resolve(request.sampling_params or defaults, len(ids))
+        _check_vocabulary("logit_bias token id", params.logit_bias, self.plan.vocab_size)
+        _check_vocabulary("stop token id", params.stop_token_ids, self.plan.vocab_size)
         eos = () if params.ignore_eos else self.model.eos_token_ids
         stops = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
         group = RequestGroup(request=request, params=params, prompt_token_ids=ids, stop_token_ids=stops)
@@ -191,9 +197,7 @@ class Engine:
             ids = tuple(tokenizer.encode(request.prompt or ""))
         if not ids:
             raise RequestError("the prompt has no tokens; at least one is needed")
-        outside = [token for token in ids if not 0 <= token < vocab]
-        if outside:
-            raise RequestError(f"prompt token id {outside[0]} is outside the vocabulary 0..{vocab - 1}")
+        _check_vocabulary("prompt token id", ids, vocab)
         return ids
 
     def _enqueue(self, group: RequestGroup) -> list[int]:
@@ -214,33 +218,40 @@ class Engine:
 
     def _drive(self) -> Iterator[Completion]:
         """Keep microbatches in flight, one step each in turn, so that one is on tier 1 while another is on tier 2."""
-        in_flight: list[_Walk] = []
+        in_flight: dict[int, Walk] = {}
         while self._scheduler.has_unfinished or in_flight:
-            with self._clock("total_s"):
-                while (batch := self._scheduler.schedule()) is not None:
-                    in_flight.append(_Walk(self, batch))
-                done = [walk for walk in in_flight if walk.step()]
-                in_flight = [walk for walk in in_flight if walk not in done]
-                completions = [found for walk in done for found in self._complete(walk)]
-            yield from completions
+            start_s = time.perf_counter()
+            while (batch := self._scheduler.schedule()) is not None:
+                in_flight[batch.batch_id] = self._walk(batch)
+            done = [batch_id for batch_id, walk in in_flight.items() if walk.step()]
+            found = [each for batch_id in done for each in self._complete(batch_id, in_flight.pop(batch_id))]
+            self._add(total_s=time.perf_counter() - start_s)
+            yield from found
 
-    def _complete(self, walk: _Walk) -> list[Completion]:
+    def _walk(self, batch: Batch) -> Walk:
+        rows = pack(
+            batch,
+            lambda seq_id, start, length: self._sequences[seq_id].known(start, length),
+            page_size=self.config.page_size,
+            num_pages=self._num_pages,
+        )
+        return Walk(self._tiers, rows, [self._sequences[seq_id].row_sampling() for seq_id in rows.samplers])
+
+    def _complete(self, batch_id: int, walk: Walk) -> list[Completion]:
         """Give a microbatch's tokens to their sequences and its places back to the scheduler."""
         finished: dict[int, bool] = {}
-        completions = []
+        completions: list[Completion] = []
         for row, seq_id in enumerate(walk.rows.samplers):
             sequence = self._sequences.get(seq_id)
-            if sequence is None:
+            if sequence is None or walk.sampled is None:  # its caller has stopped listening
                 finished[seq_id] = True
                 continue
-            token = int(walk.tokens[row])
-            wanted = sequence.group.params.logprobs
-            finished[seq_id] = sequence.push(token, token_logprobs(row, token, walk.sampled, wanted))
+            finished[seq_id] = sequence.push(row, walk.sampled)
             if finished[seq_id]:
                 del self._sequences[seq_id]
                 completion = sequence.group.finish(sequence)
                 completions += [] if completion is None else [completion]
-        self._scheduler.complete(walk.batch.batch_id, finished)
+        self._scheduler.complete(batch_id, finished)
         self._add(
             tokens_generated=len(finished),
             sequences_done=sum(finished.values()),
@@ -251,97 +262,6 @@ class Engine:
 
     def _add(self, **counts: float) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in counts.items()})
-
-    @contextmanager
-    def _clock(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._add(**{name: time.perf_counter() - start})
-
-
-class _Walk:
-    """One microbatch on its way D0 -> A0 -> D1 -> A1 ... -> DL -> sampler.
-
-    A generator: it yields wherever the next thing to do waits for the other tier, so that the loop can step the other
-    microbatches meanwhile. JAX dispatches asynchronously; only the sampled tokens are waited for.
-    """
-
-    def __init__(self, engine: Engine, batch: Batch) -> None:
-        self.engine, self.batch = engine, batch
-        self.rows: PackedRows = pack(
-            batch,
-            lambda seq_id, start, length: engine._sequences[seq_id].known(start, length),
-            page_size=engine.config.page_size,
-            num_pages=engine._num_pages,
-        )
-        self.sampled: Any = None
-        self.tokens: np.ndarray = np.zeros(0, np.int32)
-        self._steps = self._walk()
-
-    def step(self) -> bool:
-        """Go on to the next wait; True at the end."""
-        return next(self._steps, "end") == "end"
-
-    def _walk(self) -> Iterator[None]:
-        dense, attention, plan = self.engine._dense, self.engine._attention, self.engine.plan
-        tokens, positions = dense.place(self.rows.tokens), dense.place(self.rows.positions)
-        layout = attention.place_layout(self.rows.layout)
-        values: dict[Any, jax.Array] = {}
-        sends: dict[tuple[int, str], jax.Array] = {}
-        for stage, site in zip(plan.stages, plan.sites, strict=False):
-            with self._timed("dense_s") as wait:
-                writes, sent = dense.run(stage.index, tokens, positions, [values[v] for v in stage.reads])
-                wait(writes, sent)
-            values.update(zip(stage.writes, writes, strict=True))
-            sends.update({(send.site, send.role): array for send, array in zip(stage.sends, sent, strict=True)})
-            attention.begin(sent)
-            yield
-            q, k, v = (sends.pop((stage.index, role)) for role in "qkv")
-            with self._timed("attention_s") as wait:
-                out = attention.attend(stage.index, layout, q, k, v)
-                wait(out)
-            yield
-            values[site.site.outputs[0]] = land(out, dense.device)
-            self._release(values, stage.index)
-        yield from self._sample(tokens, positions, values)
-
-    def _sample(self, tokens: jax.Array, positions: jax.Array, values: dict[Any, jax.Array]) -> Iterator[None]:
-        """Logits and tokens, for the rows that sample: a microbatch of prefill chunks alone skips the last stage."""
-        engine = self.engine
-        if not self.rows.samplers:
-            return
-        rows = [
-            engine._sequences[seq_id].row_sampling() for seq_id in self.rows.samplers if seq_id in engine._sequences
-        ]
-        if len(rows) < len(self.rows.samplers):
-            return
-        inputs, variant = build_inputs(rows, vocab_size=engine.plan.vocab_size, num_slots=len(self.rows.sampled))
-        reads = [values[value] for value in engine.plan.stages[-1].reads]
-        with self._timed("dense_s") as wait:
-            logits = engine._dense.logits(tokens, positions, reads, engine._dense.place(self.rows.sampled))
-            wait(logits)
-        with self._timed("sample_s"):
-            self.sampled = sample(logits, engine._dense.place(inputs), variant)
-        yield
-        with self._timed("sample_s"):
-            self.sampled = jax.tree.map(np.asarray, self.sampled)
-            self.tokens = self.sampled.tokens
-
-    def _release(self, values: dict[Any, jax.Array], done: int) -> None:
-        """Drop what no later stage reads: the carry is the only state that tier 1 keeps per row."""
-        later = self.engine._reads_from[done + 1]
-        for value in [value for value in values if value not in later]:
-            del values[value]
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[Any]:
-        if not self.engine.config.profile:
-            yield lambda *arrays: None
-            return
-        with self.engine._clock(name):
-            yield lambda *arrays: jax.block_until_ready(arrays)
 
 
 def _partition_module(module: nnx.Module, max_rows: int) -> tuple[Plan, Any]:
@@ -376,13 +296,18 @@ def _check_tier1_memory(config: EngineConfig, dense: DenseTier, attention: Atten
         )
 
 
+def _check_vocabulary(what: str, ids: Iterable[int], vocab: int) -> None:
+    outside = [token for token in ids if not 0 <= token < vocab]
+    if outside:
+        raise RequestError(f"{what} {outside[0]} is outside the vocabulary 0..{vocab - 1}")
+
+
 def _as_requests(prompts: Prompt | Iterable[Prompt]) -> list[Request]:
-    if isinstance(prompts, (str, Request)):
-        prompts = [prompts]
-    return [_as_request(index, prompt) for index, prompt in enumerate(prompts)]
+    several = [prompts] if isinstance(prompts, (str, Request)) else prompts
+    return [_as_request(index, prompt) for index, prompt in enumerate(several)]
 
 
-def _as_request(index: int, prompt: Prompt) -> Request:
+def _as_request(index: int, prompt: object) -> Request:
     if isinstance(prompt, Request):
         return prompt
     if isinstance(prompt, str):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from hetero_jax.outputs import Completion, Request, Sample
-from hetero_jax.sampler import RowSampling
+from hetero_jax.sampler import RowSampling, SamplerOutputs
 from hetero_jax.sampling_params import SamplingParams
 from hetero_jax.text import TextStream
 
@@ -45,11 +44,12 @@ class SequenceState:
             stop_token_ids=self.group.stop_token_ids,
         )
 
-    def push(self, token: int, logprobs: dict[int, float] | None) -> bool:
-        """Add a generated token; True if the sequence is finished."""
+    def push(self, row: int, sampled: SamplerOutputs) -> bool:
+        """Add the token that was sampled in `row`; True if the sequence is finished."""
+        token = int(sampled.tokens[row])
         self.tokens.append(token)
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
+        if self.group.params.logprobs is not None:
+            self.logprobs.append(_token_logprobs(row, token, sampled, self.group.params.logprobs))
         return self.text.push(token)
 
     def sample(self) -> Sample:
@@ -89,11 +89,11 @@ def failed(request: Request, error: Exception, prompt_token_ids: tuple[int, ...]
     return Completion(id=request.id, prompt_token_ids=prompt_token_ids, outputs=outputs, error=str(error))
 
 
-def token_logprobs(row: int, token: int, sampled: Any, wanted: int | None) -> dict[int, float] | None:
-    """vLLM's per-token logprobs: the `wanted` most likely tokens and always the sampled one."""
-    if wanted is None:
-        return None
+def _token_logprobs(row: int, token: int, sampled: SamplerOutputs, wanted: int) -> dict[int, float]:
+    """vLLM's log probabilities of one token: the `wanted` most likely tokens and always the sampled one."""
+    assert sampled.logprobs is not None
     found = {token: float(sampled.logprobs[row])}
-    for rank in range(wanted):
+    assert sampled.top_ids is not None and sampled.top_logprobs is not None
+    for rank in range(min(wanted, sampled.top_ids.shape[1])):  # a small vocabulary has no more
         found.setdefault(int(sampled.top_ids[row, rank]), float(sampled.top_logprobs[row, rank]))
     return found

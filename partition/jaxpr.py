@@ -126,7 +126,8 @@ class _Flattener:
 
         def read(atom: Any) -> Value:
             if isinstance(atom, jex_core.Literal):
-                return self.constant(np.asarray(atom.val, atom.aval.dtype), atom.aval)
+                aval: Any = atom.aval
+                return self.constant(np.asarray(atom.val, aval.dtype), aval)
             return env[atom]
 
         for eqn in jaxpr.eqns:

@@ -64,7 +64,9 @@ class _Case:
 
         def new_rows(arrays):
             joined = np.concatenate([a[c.start :] for a, c in zip(arrays, self.batch.chunks, strict=True)])
-            return np.concatenate([joined, self.random.normal(size=(rows - len(joined), *joined.shape[1:]))]).astype("f4")
+            return np.concatenate([joined, self.random.normal(size=(rows - len(joined), *joined.shape[1:]))]).astype(
+                "f4"
+            )
 
         q = np.concatenate(self.q)
         q = np.concatenate([q, np.ones((rows - len(q), *q.shape[1:]))]).astype(np.float32)

@@ -101,7 +101,7 @@ def test_many_prompts_through_a_small_pool(engine):
 
 def test_a_sequence_longer_than_the_model_is_refused_before_anything_runs(engine):
     steps = engine.stats.steps
-    with pytest.raises(RequestError, match="request '1'.*128"):
+    with pytest.raises(RequestError, match=r"request .1.*128"):
         next(engine.generate([[1], [2] * 200]))
     assert engine.stats.steps == steps
 
@@ -122,6 +122,18 @@ def test_a_caller_that_stops_early_leaves_nothing_behind(engine):
     (after,) = engine.generate([[1, 2]], hj.SamplingParams(max_tokens=3, temperature=0))
     assert len(after.token_ids) == 3
     assert engine.stats.pages_used == 0
+
+
+def test_more_logprobs_than_the_vocabulary_has_gives_them_all(engine):
+    params = hj.SamplingParams(max_tokens=1, temperature=0, logprobs=128)
+    assert len(next(engine.generate([[1]], params)).logprobs[0]) == 128
+    with pytest.raises(RequestError, match=r"logit_bias token id 256 is outside the vocabulary 0\.\.255"):
+        next(engine.generate([[1]], hj.SamplingParams(logit_bias={256: 1.0})))
+
+
+def test_no_logprobs_but_the_drawn_one(engine):
+    (completion,) = engine.generate([[1]], hj.SamplingParams(max_tokens=2, temperature=0, logprobs=0))
+    assert [list(step) for step in completion.logprobs] == [[token] for token in completion.token_ids]
 
 
 def test_stop_token_ids_end_a_sequence(engine):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from golden import first_difference, golden_rows
 
 import hetero_jax as hj
+from golden import first_difference, golden_rows
 
 CONFIGS = {
     "default": hj.EngineConfig(kv_cache_bytes=512 << 20, max_model_len=2560),

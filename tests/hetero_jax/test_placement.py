@@ -26,7 +26,8 @@ def spy_run(*args):
     seen["dense"] |= {str(d) for array in (*writes, *sends) for d in array.devices()}
     return writes, sends
 engine._attention.attend, engine._dense.run = spy_attend, spy_run
-tokens = [list(c.token_ids) for c in engine.generate([[1, 2, 3], [4, 5]], hj.SamplingParams(max_tokens=8, temperature=0))]
+params = hj.SamplingParams(max_tokens=8, temperature=0)
+tokens = [list(c.token_ids) for c in engine.generate([[1, 2, 3], [4, 5]], params)]
 pools = {str(d) for pool in engine._attention._pools for d in pool.k.devices()}
 weights = {str(d) for externals in engine._dense._externals for array in externals for d in array.devices()}
 print(json.dumps({"tokens": sorted(tokens), "attention": sorted(seen["q"]), "dense": sorted(seen["dense"]),

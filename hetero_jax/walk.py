@@ -1,0 +1,111 @@
+"""One microbatch on its way D0 -> A0 -> D1 -> A1 ... -> DL -> sampler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from hetero_jax.attention_tier import AttentionTier
+from hetero_jax.dense_tier import DenseTier
+from hetero_jax.devices import land
+from hetero_jax.rows import PackedRows
+from hetero_jax.sampler import RowSampling, SamplerOutputs, build_inputs, sample
+from partition import Plan
+
+
+class Timings:
+    """Seconds spent in dense stages, attention and sampling; stays 0 unless `enabled`, as measuring means waiting."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.seconds = {"dense": 0.0, "attention": 0.0, "sample": 0.0}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[Callable[..., None]]:
+        """Time the block; it passes its arrays to the function it gets, which waits for them if enabled."""
+        start_s = time.perf_counter()
+        yield self._wait
+        if self.enabled:
+            self.seconds[part] += time.perf_counter() - start_s
+
+    def _wait(self, *arrays: Any) -> None:
+        if self.enabled:
+            jax.block_until_ready(arrays)
+
+
+class Tiers:
+    """What a walk passes through, and what each value is still needed for."""
+
+    def __init__(self, plan: Plan, dense: DenseTier, attention: AttentionTier, timings: Timings) -> None:
+        self.plan, self.dense, self.attention, self.timings = plan, dense, attention, timings
+        reads = [frozenset(stage.reads) for stage in plan.stages]
+        self._read_from = [frozenset().union(*reads[index:]) for index in range(len(reads))]
+
+    def release(self, values: dict[Any, jax.Array], next_stage: int) -> None:
+        """Drop what no stage from `next_stage` on reads: the carry is the only state that tier 1 keeps per row."""
+        for value in [value for value in values if value not in self._read_from[next_stage]]:
+            del values[value]
+
+
+class Walk:
+    """The steps of one microbatch; each ends where the next thing to do waits for the other tier.
+
+    Stepping several walks in turn keeps both tiers busy: JAX dispatches asynchronously, and only copies between
+    devices and the sampled tokens are waited for.
+
+    sampled: tokens and log probabilities of `rows.samplers`, in order, once `step` has returned True.
+    """
+
+    def __init__(self, tiers: Tiers, rows: PackedRows, sampling: Sequence[RowSampling]) -> None:
+        self.rows = rows
+        self.sampled: SamplerOutputs | None = None
+        self._tiers, self._sampling = tiers, sampling
+        self._steps = self._walk()
+
+    def step(self) -> bool:
+        """Go on to the next wait; True at the end."""
+        return next(self._steps, self) is self
+
+    def _walk(self) -> Iterator[None]:
+        dense, attention, timings = self._tiers.dense, self._tiers.attention, self._tiers.timings
+        plan = self._tiers.plan
+        tokens, positions = dense.place(self.rows.tokens), dense.place(self.rows.positions)
+        layout = attention.place_layout(self.rows.layout)
+        values: dict[Any, jax.Array] = {}
+        sends: dict[tuple[int, str], jax.Array] = {}
+        for stage, site in zip(plan.stages, plan.sites, strict=False):
+            with timings.measure("dense") as wait:
+                writes, sent = dense.run(stage.index, tokens, positions, [values[value] for value in stage.reads])
+                wait(writes, sent)
+            values.update(zip(stage.writes, writes, strict=True))
+            sends.update({(send.site, send.role): array for send, array in zip(stage.sends, sent, strict=True)})
+            attention.begin(sent)
+            yield
+            q, k, v = (sends.pop((stage.index, role)) for role in "qkv")
+            with timings.measure("attention") as wait:
+                out = attention.attend(stage.index, layout, q, k, v)
+                wait(out)
+            yield
+            values[site.site.outputs[0]] = land(out, dense.device)
+            self._tiers.release(values, stage.index + 1)
+        # A microbatch of prefill chunks alone has nothing to sample and skips the last stage.
+        if self._sampling:
+            yield from self._sample(tokens, positions, [values[value] for value in plan.stages[-1].reads])
+
+    def _sample(self, tokens: jax.Array, positions: jax.Array, reads: Sequence[jax.Array]) -> Iterator[None]:
+        dense, timings = self._tiers.dense, self._tiers.timings
+        slots = len(self.rows.sampled)
+        inputs, variant = build_inputs(self._sampling, vocab_size=self._tiers.plan.vocab_size, num_slots=slots)
+        with timings.measure("dense") as wait:
+            logits = dense.logits(tokens, positions, reads, dense.place(self.rows.sampled))
+            wait(logits)
+        with timings.measure("sample") as wait:
+            sampled = sample(logits, dense.place(inputs), variant)
+            wait(sampled)
+        yield
+        self.sampled = jax.tree.map(np.asarray, sampled)
