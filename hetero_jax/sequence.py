@@ -93,7 +93,7 @@ def _token_logprobs(row: int, token: int, sampled: SamplerOutputs, wanted: int) 
     """vLLM's log probabilities of one token: the `wanted` most likely tokens and always the sampled one."""
     assert sampled.logprobs is not None
     found = {token: float(sampled.logprobs[row])}
-    assert sampled.top_ids is not None and sampled.top_logprobs is not None
-    for rank in range(min(wanted, sampled.top_ids.shape[1])):  # a small vocabulary has no more
-        found.setdefault(int(sampled.top_ids[row, rank]), float(sampled.top_logprobs[row, rank]))
+    if sampled.top_ids is not None and sampled.top_logprobs is not None:
+        for rank in range(min(wanted, sampled.top_ids.shape[1])):  # a small vocabulary has no more
+            found.setdefault(int(sampled.top_ids[row, rank]), float(sampled.top_logprobs[row, rank]))
     return found

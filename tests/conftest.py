@@ -13,6 +13,13 @@ import pytest
 _MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Many tests compile the same small programs, some of them in processes of their own: compile each once."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")) if config.cache else "")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The demo model's file: $HETERO_JAX_DEMO_MODEL, or inside the package that carries it (never imported)."""
