@@ -25,10 +25,13 @@ class KVPool:
 
     k: [num_pages, page_size, num_kv_heads, head_dim]
     v: [num_pages, page_size, num_kv_heads, v_head_dim]
+    dtype: element type. Arrays of 16-bit floats are held as uint16: XLA CPU scatters and gathers bfloat16 by way of an
+      f32 copy of the whole pool, and a bit cast of the pool around them costs a copy too.
     """
 
     k: jax.Array
     v: jax.Array
+    dtype: str = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +61,13 @@ class AttentionLayout:
 def make_pool(spec: AttentionSpec, *, num_pages: int, page_size: int, dtype: Any, device: Any) -> KVPool:
     """A zeroed pool on `device`."""
     shape = (num_pages, page_size, spec.num_kv_heads)
+    dtype = jnp.dtype(dtype)
+    held = jnp.uint16 if dtype.itemsize == 2 else dtype
     with jax.default_device(device):
         return KVPool(
-            k=jnp.zeros((*shape, spec.head_dim), dtype),
-            v=jnp.zeros((*shape, spec.v_head_dim), dtype),
+            k=jnp.zeros((*shape, spec.head_dim), held),
+            v=jnp.zeros((*shape, spec.v_head_dim), held),
+            dtype=dtype.name,
         )
 
 
@@ -78,7 +84,9 @@ def paged_attention(
     Returns:
       the pool, and [R, num_heads, v_head_dim] in q's dtype; rows of no sequence are 0.
     """
-    pool = KVPool(k=_append(pool.k, k, layout.row_slot), v=_append(pool.v, v, layout.row_slot))
+    rows = {"k": k, "v": v}
+    pages = {name: _append(getattr(pool, name), _held(new, pool), layout.row_slot) for name, new in rows.items()}
+    pool = dataclasses.replace(pool, **pages)
     out = jnp.zeros((q.shape[0], site.num_heads, site.v_head_dim), q.dtype)
     if layout.decode.shape[0]:
         out = _decode_rows(pool, q, layout, site, out)
@@ -87,15 +95,14 @@ def paged_attention(
     return pool, out
 
 
+def _held(rows: jax.Array, pool: KVPool) -> jax.Array:
+    """Rows in the pool's dtype, as the pool holds them."""
+    return jax.lax.bitcast_convert_type(rows.astype(pool.dtype), pool.k.dtype)
+
+
 def _append(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    flat = _as_bits(pages).reshape(-1, *pages.shape[2:])
-    flat = flat.at[slots].set(_as_bits(rows.astype(pages.dtype)), mode="drop")
-    return jax.lax.bitcast_convert_type(flat, pages.dtype).reshape(pages.shape)
-
-
-def _as_bits(array: jax.Array) -> jax.Array:
-    """16-bit floats as integers: XLA CPU scatters and gathers those by way of an f32 copy of the whole pool."""
-    return jax.lax.bitcast_convert_type(array, jnp.uint16) if array.dtype.itemsize == 2 else array
+    flat = pages.reshape(-1, *pages.shape[2:])
+    return flat.at[slots].set(rows, mode="drop").reshape(pages.shape)
 
 
 def _decode_rows(pool: KVPool, q: jax.Array, layout: AttentionLayout, site: AttentionSpec, out: jax.Array) -> jax.Array:
@@ -130,7 +137,7 @@ def _gather(pool: KVPool, page_table: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values [..., P * page_size, kv_heads, dim] of page tables [..., P]."""
 
     def of(pages: jax.Array) -> jax.Array:
-        found = jax.lax.bitcast_convert_type(_as_bits(pages)[page_table], pages.dtype)
+        found = jax.lax.bitcast_convert_type(pages[page_table], jnp.dtype(pool.dtype))
         axis = page_table.ndim
         return found.reshape(*found.shape[: axis - 1], -1, *found.shape[axis + 1 :])
 

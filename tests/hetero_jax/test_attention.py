@@ -56,7 +56,7 @@ class _Case:
             for position in range(chunk.start):
                 page, offset = chunk.pages[position // self.page_size], position % self.page_size
                 k[page, offset], v[page, offset] = keys[position], values[position]
-        return KVPool(k=jax.numpy.asarray(k), v=jax.numpy.asarray(v))
+        return KVPool(k=jax.numpy.asarray(k), v=jax.numpy.asarray(v), dtype="float32")
 
     def run(self):
         packed = pack(self.batch, lambda *_: [0], page_size=self.page_size, num_pages=NUM_PAGES)
