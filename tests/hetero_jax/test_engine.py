@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,20 +13,23 @@ from flax import nnx
 import hetero_jax as hj
 import models
 from hetero_jax.errors import ConfigError, RequestError
+from model_files import FAMILIES, tiny_config
 
 TINY = models.SHAPES["tiny"]
-FAMILIES = {
-    "llama": TINY,
-    "untied": dataclasses.replace(TINY, tie_word_embeddings=False),
-    "mistral": dataclasses.replace(TINY, model_type="mistral", sliding_window=6),
-    "qwen2": dataclasses.replace(TINY, model_type="qwen2", qkv_bias=True),
-    "qwen3": dataclasses.replace(TINY, model_type="qwen3", qk_norm=True),
-    "linear rope": dataclasses.replace(TINY, rope_scaling=models.RopeScaling(rope_type="linear", factor=2.0)),
+SCALINGS = {
+    "linear": models.RopeScaling(rope_type="linear", factor=2.0),
+    "llama3": models.RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=64),
+    "yarn": models.RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
 }
+CASES = {**FAMILIES, **{f"{name} rope": tiny_config(rope_scaling=scaling) for name, scaling in SCALINGS.items()}}
 
 
 def _loaded(config: models.DecoderConfig, seed: int = 0) -> models.LoadedModel:
+    """A random model; noise on every weight, so that biases and norms are not what they are at the start."""
     module = models.Decoder(config, rngs=nnx.Rngs(seed), dtype=jnp.float32)
+    noise = np.random.default_rng(seed)
+    state = jax.tree.map(lambda leaf: leaf + 0.05 * noise.normal(size=leaf.shape).astype("f4"), nnx.state(module))
+    nnx.update(module, state)
     return models.LoadedModel(
         name="tiny", module=module, config=config, tokenizer=None, eos_token_ids=(), fingerprint="tiny"
     )
@@ -40,27 +44,21 @@ def engine() -> hj.Engine:
     return _engine()
 
 
-def _plain_greedy(module, prompt, count) -> tuple[list[int], list[float]]:
-    """Greedy tokens by the whole forward pass at every step, and the log probability of each."""
-    ids, logprobs = list(prompt), []
-    for _ in range(count):
-        positions = jnp.arange(len(ids))[None]
-        logits = np.asarray(module(jnp.asarray([ids]), positions)[0, -1], np.float64)
-        ids.append(int(logits.argmax()))
-        logprobs.append(float(logits.max() - logits.max() - np.log(np.exp(logits - logits.max()).sum())))
-    return ids[len(prompt) :], logprobs
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_cached_decoding_equals_the_plain_model_for_every_family(name):
-    engine = _engine(FAMILIES[name], max_num_batched_tokens=8, page_size=4)
-    prompts = [np.random.default_rng(n).integers(0, TINY.vocab_size, n) for n in (1, 3, 21)]
-    params = hj.SamplingParams(max_tokens=10, temperature=0, logprobs=1)
+@pytest.mark.parametrize("name", CASES)
+def test_every_logit_of_cached_decoding_equals_the_plain_model(name):
+    config = CASES[name]
+    engine = _engine(config, max_num_batched_tokens=8, page_size=4)
+    prompts = [np.random.default_rng(n).integers(0, config.vocab_size, n) for n in (1, 3, 21)]
+    params = hj.SamplingParams(max_tokens=10, temperature=0, logprobs=min(config.vocab_size, 128))
     for completion in engine.generate(prompts, params):
-        tokens, logprobs = _plain_greedy(engine.model.module, prompts[int(completion.id)], 10)
-        assert list(completion.token_ids) == tokens
-        seen = [step[token] for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
-        np.testing.assert_allclose(seen, logprobs, atol=1e-4)
+        prompt = prompts[int(completion.id)]
+        ids = jnp.asarray([[*prompt, *completion.token_ids]])
+        logits = np.asarray(engine.model.module(ids, jnp.arange(ids.shape[1])[None])[0], np.float64)
+        steps = logits[len(prompt) - 1 : -1]
+        assert list(completion.token_ids) == steps.argmax(axis=1).tolist()
+        expected = steps - np.log(np.exp(steps).sum(axis=1, keepdims=True))
+        for step, row in zip(completion.logprobs, expected, strict=True):
+            np.testing.assert_allclose(list(step.values()), row[list(step)], atol=1e-4)
 
 
 def test_empty_input_gives_nothing(engine):
