@@ -38,9 +38,7 @@ def main(argv: list[str]) -> None:
         name, point = json.loads(_WORKER.value)
         print("RESULT " + json.dumps(dataclasses.asdict(CONTENDERS[name][1](Point(**point)))))
         return
-    print(
-        "| sequences | context | dtype | contender | prefill tokens/s | decode tokens/s | hetero_jax decode is | split |"
-    )
+    print("| sequences | context | dtype | contender | prefill tokens/s | decode tokens/s | ours is | split |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype in _DTYPES.value:
         for context in map(int, _CONTEXTS.value):

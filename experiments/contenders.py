@@ -91,8 +91,8 @@ def _run_engine(point: Point, *, profile: bool) -> Times:
 
 def run_transformers(point: Point) -> Times:
     """Hugging Face transformers on torch CPU: one static batch with a DynamicCache."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     path = Path(point.model)
@@ -118,7 +118,7 @@ def run_transformers(point: Point) -> Times:
 
 def run_llama_cpp(point: Point) -> Times:
     """llama.cpp: batched decode of all sequences through the C API, weights as F32 or BF16 GGUF."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(
-    name: str, define: Callable[[flags.FlagValues], None], run: Callable[[flags.FlagValues], int], args: Sequence[str]
+    name: str, define: Callable[[flags.FlagValues], None], run: Callable[[dict[str, Any]], int], args: Sequence[str]
 ) -> int:
     values = flags.FlagValues()
     define(values)
@@ -62,7 +62,7 @@ def _run(
         rest = values([f"hetero-jax {name}", *args])[1:]
         if rest:
             raise ConfigError(f"unexpected argument {rest[0]!r}; allowed: flags, as --name=value")
-        return run(values)
+        return run(values.flag_values_dict())
     except (HeteroJaxError, models.ModelError, PartitionError, flags.Error) as error:
         print(f"hetero-jax {name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -130,53 +130,53 @@ def _convert_flags(values: flags.FlagValues) -> None:
     flags.mark_flag_as_required("output", flag_values=values)
 
 
-def _generate(values: flags.FlagValues) -> int:
+def _generate(values: dict[str, Any]) -> int:
     names = set(SamplingParams.__dataclass_fields__) - {"seed", "stop_token_ids", "logit_bias"}
-    defaults = SamplingParams(**{name: values[name].value for name in names})
+    defaults = SamplingParams(**{name: values[name] for name in names})
     config = _engine_config(values)
     job = JobConfig(
-        input=Path(values["input"].value),
-        output=Path(values["output"].value),
+        input=Path(values["input"]),
+        output=Path(values["output"]),
         defaults=defaults,
         context={
-            "model": models.fingerprint(values["model"].value),
-            "dtype": values["dtype"].value,
+            "model": models.fingerprint(values["model"]),
+            "dtype": values["dtype"],
             "kv_cache_dtype": config["kv_cache_dtype"],
             "seed": config["seed"],
         },
-        on_error=values["on_error"].value,
-        overwrite=values["overwrite"].value,
+        on_error=values["on_error"],
+        overwrite=values["overwrite"],
     )
     return run_job(job, lambda: _engine(values))
 
 
-def _convert(values: flags.FlagValues) -> int:
-    output = values["output"].value
+def _convert(values: dict[str, Any]) -> int:
+    output = values["output"]
     models.save(_load(values), output)
     print(f"wrote {output}")
     return EXIT_CLEAN
 
 
-def _plan(values: flags.FlagValues) -> int:
+def _plan(values: dict[str, Any]) -> int:
     engine = _engine(values)
     print(engine.plan)
     print(engine)
     return EXIT_CLEAN
 
 
-def _engine_config(values: flags.FlagValues) -> dict[str, Any]:
+def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches")
     names += ("max_model_len", "tier1", "attention", "tier1_memory_gb", "seed")
-    config = {name: values[name].value for name in names}
-    return {**config, "kv_cache_bytes": parse_bytes(values["kv_cache_bytes"].value)}
+    config = {name: values[name] for name in names}
+    return {**config, "kv_cache_bytes": parse_bytes(values["kv_cache_bytes"])}
 
 
-def _engine(values: flags.FlagValues) -> Engine:
+def _engine(values: dict[str, Any]) -> Engine:
     return Engine(_load(values), EngineConfig(**_engine_config(values)))
 
 
-def _load(values: flags.FlagValues) -> models.LoadedModel:
-    return models.load(values["model"].value, dtype=values["dtype"].value, seed=values["seed"].value)
+def _load(values: dict[str, Any]) -> models.LoadedModel:
+    return models.load(values["model"], dtype=values["dtype"], seed=values["seed"])
 
 
 def parse_bytes(text: str) -> int:
