@@ -83,9 +83,6 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise RequestError(f"not a JSON object: {error}") from error
     if not isinstance(values, dict):
         raise RequestError(f"a JSON {type(values).__name__}; allowed: an object")
-    unknown = sorted(set(values) - set(_FIELDS))
-    if unknown:
-        raise RequestError(f"unknown key {unknown[0]!r}; allowed: {', '.join(_FIELDS)}")
     return values
 
 
@@ -99,6 +96,9 @@ def _row_id(values: Mapping[str, Any]) -> str | int:
 def _row(
     row_id: str | int, values: Mapping[str, Any], defaults: SamplingParams, context: Mapping[str, Any]
 ) -> InputRow:
+    unknown = sorted(set(values) - set(_FIELDS))
+    if unknown:
+        raise RequestError(f"unknown key {unknown[0]!r}; allowed: {', '.join(_FIELDS)}")
     given = values.get("sampling_params") or {}
     if not isinstance(given, dict):
         raise RequestError(f"sampling_params is a {type(given).__name__}; allowed: an object")

@@ -1,0 +1,190 @@
+"""Jobs: bad rows, exit codes, going on after a kill, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fake_job
+from fake_job import FakeEngine, config
+from hetero_jax.errors import JobError
+from hetero_jax.job import run_job
+from hetero_jax.output_file import OutputFile
+from hetero_jax.rows_file import read_rows
+from hetero_jax.sampling_params import SamplingParams
+
+
+def _write(path: Path, rows) -> Path:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _run(job, engine=None) -> tuple[int, str]:
+    log = io.StringIO()
+    code = run_job(job, lambda: engine or FakeEngine(), log=log)
+    return code, log.getvalue()
+
+
+BAD = {
+    "no json\n": "not a JSON object",
+    "[1]\n": "a JSON list; allowed: an object",
+    '{"id": "x", "prompt": "a", "promt": "b"}\n': "unknown key 'promt'",
+    '{"prompt": "a"}\n': "id None; allowed",
+    '{"id": true, "prompt": "a"}\n': "id True; allowed",
+    '{"id": "x"}\n': "no prompt",
+    '{"id": "x", "prompt": "a", "prompt_token_ids": [1]}\n': "prompt and prompt_token_ids",
+    '{"id": "x", "prompt": 3}\n': "prompt is a int; allowed: a string",
+    '{"id": "x", "messages": []}\n': "messages must be a list of objects",
+    '{"id": "x", "prompt_token_ids": [1.5]}\n': "prompt_token_ids must be a list of integers",
+    '{"id": "x", "prompt": "a", "sampling_params": {"top_p": 7}}\n': "top_p=7",
+    '{"id": "x", "prompt": "a", "sampling_params": [1]}\n': "sampling_params is a list",
+    '{"id": "good", "prompt": "again"}\n': "id 'good' is also on line 1",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_line_is_reported_with_its_number_and_the_rest_is_kept(tmp_path, line):
+    source = _write(tmp_path / "in", [{"id": "good", "prompt": "a"}, "\n", line, {"id": 7, "prompt": "b"}])
+    rows, bad = read_rows(source, SamplingParams(), {})
+    assert [row.id for row in rows] == ["good", 7]
+    assert [row.line for row in bad] == [3]
+    assert BAD[line] in bad[0].error
+
+
+def test_a_key_changes_with_prompt_parameters_and_context_and_with_nothing_else(tmp_path):
+    def key(row, defaults=None, context=None):
+        source = _write(tmp_path / "in", [row])
+        return read_rows(source, defaults or SamplingParams(), context or {"model": "a"})[0][0].key
+
+    base = {"id": "1", "prompt": "a"}
+    assert key(base) == key({"prompt": "a", "id": "1", "sampling_params": {}})
+    assert key({**base, "sampling_params": {"max_tokens": 9}}) == key(base, SamplingParams(max_tokens=9))
+    others = [key({**base, "prompt": "b"}), key(base, SamplingParams(max_tokens=9)), key(base, None, {"model": "b"})]
+    assert len({key(base), *others}) == 4
+
+
+def test_rows_come_out_once_each_in_the_order_of_finishing(tmp_path):
+    source = _write(tmp_path / "in", [{"id": n, "prompt": "a"} for n in range(50)])
+    code, _ = _run(config(source, tmp_path / "out"))
+    rows = _rows(tmp_path / "out")
+    assert code == 0
+    assert sorted(row["id"] for row in rows) == list(range(50))
+    assert {"id", "text", "token_ids", "finish_reason", "usage", "key"} == set(rows[0])
+
+
+def test_empty_input_is_a_clean_job_that_loads_no_model(tmp_path):
+    def no_engine():
+        raise AssertionError("loaded")
+
+    assert run_job(config(_write(tmp_path / "in", []), tmp_path / "out"), no_engine, log=io.StringIO()) == 0
+
+
+def test_bad_and_failing_rows_are_recorded_and_the_exit_code_says_so(tmp_path):
+    rows = [{"id": "a", "prompt": "x"}, "oops\n", {"id": "b", "prompt": "too long"}, {"id": "c", "top": 1}]
+    source = _write(tmp_path / "in", rows)
+    code, log = _run(config(source, tmp_path / "out"))
+    found = {row["id"]: row for row in _rows(tmp_path / "out")}
+    assert code == 2
+    assert set(found) == {"a", "b", "c", "line:2"}
+    assert {row_id for row_id, row in found.items() if row["finish_reason"] == "error"} == {"b", "c", "line:2"}
+    assert "in:2: not a JSON object" in log
+    again, _ = _run(config(source, tmp_path / "out"))
+    assert again == 2
+    assert len(_rows(tmp_path / "out")) == 4
+
+
+def test_on_error_fail_lists_all_bad_lines_and_runs_nothing(tmp_path):
+    source = _write(tmp_path / "in", [{"id": "a", "prompt": "x"}, "oops\n", {"id": "a", "prompt": "x"}])
+    with pytest.raises(JobError, match=r"2 bad rows(?s:.*)line 2: not a JSON(?s:.*)line 3: id 'a' is also on line 1"):
+        _run(config(source, tmp_path / "out", on_error="fail"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rerun_does_only_what_is_missing(tmp_path):
+    rows = [{"id": str(n), "prompt": "a"} for n in range(6)]
+    _run(config(_write(tmp_path / "in", rows[:4]), tmp_path / "out"))
+    before = (tmp_path / "out").read_bytes()
+    engine = FakeEngine()
+    code, log = _run(config(_write(tmp_path / "in", rows), tmp_path / "out"), engine)
+    assert code == 0
+    assert sorted(engine.asked) == ["4", "5"]
+    assert "4 of 6 rows are done already" in log
+    assert (tmp_path / "out").read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize("change", [{"defaults": SamplingParams(max_tokens=5)}, {"context": {"model": "other"}}])
+def test_an_output_of_another_job_is_refused_and_left_alone(tmp_path, change):
+    source = _write(tmp_path / "in", [{"id": "a", "prompt": "x"}])
+    _run(config(source, tmp_path / "out"))
+    before = (tmp_path / "out").read_bytes()
+    with pytest.raises(JobError, match=r"id 'a' of another prompt, sampling parameters or model.*--overwrite"):
+        _run(config(source, tmp_path / "out", **change))
+    assert (tmp_path / "out").read_bytes() == before
+    assert _run(config(source, tmp_path / "out", overwrite=True, **change))[0] == 0
+    assert len(_rows(tmp_path / "out")) == 1
+
+
+def test_a_file_that_is_no_output_is_refused_and_left_alone(tmp_path):
+    source = _write(tmp_path / "in", [{"id": "a", "prompt": "x"}])
+    (tmp_path / "out").write_text("my notes\n")
+    with pytest.raises(JobError, match="line 1 is not an output row"):
+        _run(config(source, tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40, -1])
+def test_a_torn_last_line_is_cut_off_and_done_again(tmp_path, cut):
+    source = _write(tmp_path / "in", [{"id": str(n), "prompt": "a"} for n in range(5)])
+    _run(config(source, tmp_path / "out"))
+    whole = (tmp_path / "out").read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    end = last + cut if cut > 0 else len(whole) + cut
+    (tmp_path / "out").write_bytes(whole[:end])
+    assert _run(config(source, tmp_path / "out"))[0] == 0
+    assert (tmp_path / "out").read_bytes() == whole
+
+
+def test_two_jobs_do_not_write_one_file(tmp_path):
+    with OutputFile(tmp_path / "out"), pytest.raises(JobError, match="another job is writing"):
+        OutputFile(tmp_path / "out")
+
+
+def test_an_input_that_is_not_there_is_one_error(tmp_path):
+    with pytest.raises(JobError, match="no-such-file: cannot be read"):
+        _run(config(tmp_path / "no-such-file", tmp_path / "out"))
+
+
+def test_killed_at_twenty_points_every_row_comes_out_once_with_the_same_bytes(tmp_path):
+    source = _write(tmp_path / "in", [{"id": f"row-{n}", "prompt": "a"} for n in range(400)])
+    _run(config(source, tmp_path / "undisturbed"))
+    expected = sorted((tmp_path / "undisturbed").read_bytes().splitlines())
+    target, chance = tmp_path / "out", random.Random(0)
+    command = [sys.executable, fake_job.__file__, str(source), str(target)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = 0
+    while killed < 20:
+        goal = len(target.read_bytes()) + chance.randrange(1, 2500) if target.exists() else 300
+        job = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while job.poll() is None and (not target.exists() or target.stat().st_size < goal):
+            time.sleep(0.001)
+        if job.poll() is not None:
+            break
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        killed += 1
+    assert killed == 20
+    assert subprocess.run(command, env=env, capture_output=True, check=False).returncode == 0
+    assert sorted(target.read_bytes().splitlines()) == expected
