@@ -61,7 +61,7 @@ def _run_engine(point: Point, *, profile: bool) -> Times:
         kv_cache_bytes=int(tokens * per_token * (4 if point.dtype == "float32" else 2) * 1.1),
         num_microbatches=point.num_microbatches,
         max_num_seqs=point.sequences,
-        max_model_len=point.context + point.new_tokens + 1,
+        max_model_len=max(point.context + point.new_tokens + 1, 64),
         profile=profile,
     )
     engine, ids = hj.Engine(model, config), prompts(point)
