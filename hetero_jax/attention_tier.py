@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from hetero_jax.attention import AttentionLayout, KVPool, make_pool, paged_attention
+from hetero_jax import attention, native_attention
+from hetero_jax.attention import AttentionLayout, KVPool
 from hetero_jax.devices import land, start_copy
 from partition import AttentionSpec
 
@@ -21,11 +23,14 @@ class AttentionTier:
     ) -> None:
         self.device = device
         self._specs = tuple(specs)
+        self._is_native = _use_native(page_size=page_size, dtype=dtype, device=device)
+        kernel = native_attention if self._is_native else attention
         self._pools: list[KVPool] = [
-            make_pool(spec, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device) for spec in specs
+            kernel.make_pool(spec, num_pages=num_pages, page_size=page_size, dtype=dtype, device=device)
+            for spec in specs
         ]
         self._calls = {
-            spec: jax.jit(functools.partial(paged_attention, site=spec), donate_argnums=0) for spec in set(specs)
+            spec: jax.jit(functools.partial(kernel.paged_attention, site=spec), donate_argnums=0) for spec in set(specs)
         }
 
     @property
@@ -35,7 +40,8 @@ class AttentionTier:
 
     def place_layout(self, layout: AttentionLayout) -> AttentionLayout:
         """The layout on this tier's device: once per microbatch, not once per site."""
-        return jax.device_put(layout, self.device)
+        needed = native_attention.needed_layout(layout) if self._is_native else layout
+        return jax.device_put(needed, self.device)
 
     def begin(self, arrays: tuple[jax.Array, ...]) -> None:
         """Start to move q, k and v here."""
@@ -46,3 +52,11 @@ class AttentionTier:
         q, k, v = (land(array, self.device) for array in (q, k, v))
         self._pools[site], out = self._calls[self._specs[site]](self._pools[site], q, k, v, layout)
         return out
+
+
+def _use_native(*, page_size: int, dtype: Any, device: Any) -> bool:
+    """Whether the native kernel serves these pools; on a CPU without it, say so once."""
+    why = native_attention.refusal(page_size=page_size, dtype=dtype, device=device)
+    if why is not None and device.platform == "cpu":
+        warnings.warn(f"attention runs in plain jax.numpy, about ten times slower: {why}", stacklevel=4)
+    return why is None

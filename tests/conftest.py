@@ -15,7 +15,9 @@ _MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Many tests compile the same small programs, some of them in processes of their own: compile each once."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")) if config.cache else "")
+    cache: pytest.Cache | None = getattr(config, "cache", None)  # none with -p no:cacheprovider
+    if cache is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

@@ -1,0 +1,3 @@
+#define LANES 4
+#include "kernel.inc.h"
+hetero::Kernel hetero::KernelPlain() { return Run; }
