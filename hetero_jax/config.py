@@ -16,7 +16,7 @@ class EngineConfig:
 
     kv_cache_bytes: memory of the paged key-value pools, over all sites.
     kv_cache_dtype: element type of the pools; None: the model's.
-    page_size: token positions in a page.
+    page_size: token positions in a page; the native attention kernel takes multiples of 16.
     max_num_batched_tokens: rows of one microbatch, prefill chunks and decode rows together (the token budget).
     max_num_seqs: running sequences over all microbatches.
     num_microbatches: microbatches in flight; with 2 or more, one is on tier 1 while another is on tier 2.
