@@ -1,5 +1,6 @@
 """Partitioner: finds the attention of a plain causal model in its jaxpr, proves the rest token-wise, and cuts there."""
 
+from partition.attention_spec import AttentionSpec, reference_attention
 from partition.compile import StageFunction, prepare_weights, stage_functions
 from partition.cut import Send, Stage
 from partition.errors import (
@@ -10,7 +11,6 @@ from partition.errors import (
     UnsupportedSiteError,
 )
 from partition.plan import Plan, partition
-from partition.recognise import AttentionSpec, reference_attention
 
 __all__ = [
     "AttentionSpec",

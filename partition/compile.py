@@ -73,7 +73,7 @@ class StageFunction:
             env[value] = self._gathered(value, array, positions)
         outputs = {value: item for item in self.plan.sites for value in item.site.outputs}
         for value, array in zip(self.stage.reads, reads, strict=True):
-            env[value] = outputs[value].out.from_canonical(array) if value in outputs else array
+            env[value] = outputs[value].layouts.out.from_canonical(array) if value in outputs else array
         return env
 
     def _gathered(self, value: Value, array: jax.Array, positions: jax.Array) -> jax.Array:

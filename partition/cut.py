@@ -11,7 +11,8 @@ import numpy as np
 
 from partition.analysis import Analysis, Axis, Kind
 from partition.jaxpr import Equation, Value
-from partition.recognise import Layout, Recognised
+from partition.layouts import Layout
+from partition.recognise import Recognised
 from partition.structure import closure, structure_key
 
 # Position-only and weight-only values are looked up at their smallest form: these only reshape or widen.
@@ -83,11 +84,11 @@ class _Cutter:
             opening, closing = item.site.opening, item.site.equations[-1]
             for value, end in item.site.operands:
                 if end == "query":
-                    found.append(Send(site=item.site.index, role="q", value=value, layout=item.q))
+                    found.append(Send(site=item.site.index, role="q", value=value, layout=item.layouts.q))
                 elif value in opening.inputs:
-                    found.append(Send(site=item.site.index, role="k", value=value, layout=item.k))
+                    found.append(Send(site=item.site.index, role="k", value=value, layout=item.layouts.k))
                 if end == "key" and value in closing.inputs:
-                    found.append(Send(site=item.site.index, role="v", value=value, layout=item.v))
+                    found.append(Send(site=item.site.index, role="v", value=value, layout=item.layouts.v))
         return sorted(found, key=lambda send: (send.site, "qkv".index(send.role)))
 
     def stages(self) -> tuple[Stage, ...]:
@@ -141,7 +142,7 @@ class _Cutter:
         sends: Sequence[Send],
         externals: Sequence[Value],
     ) -> str:
-        site_layouts = [self.site_outputs[value].out if value in self.site_outputs else None for value in reads]
+        site_layouts = [self.site_outputs[value].layouts.out if value in self.site_outputs else None for value in reads]
         note = f"{site_layouts} {[(send.role, send.layout) for send in sends]} {len(reads)} {len(externals)}"
         note += str([self.analysis.facts[value] for value in externals])
         traced = self.analysis.traced

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from partition.analysis import Analysis, analyse
+from partition.attention_spec import AttentionSpec
 from partition.cut import Stage, constants_of, cut, size_bytes
 from partition.jaxpr import Value
-from partition.recognise import AttentionSpec, Recognised, recognise
+from partition.recognise import Recognised, recognise
 from partition.sites import Site, find_sites
 from partition.trace import CausalFunction, check_any_rows, trace_causal
 
@@ -137,8 +139,7 @@ def _recognise_once(analysis: Analysis, site: Site, known: dict[str, Recognised]
     """Sites with equal keys compute the same function, so the probes run once for all of them."""
     if site.key not in known:
         known[site.key] = recognise(analysis, site, max_rows=max_rows)
-    twin = known[site.key]
-    return Recognised(site=site, spec=twin.spec, q=twin.q, k=twin.k, v=twin.v, out=twin.out)
+    return dataclasses.replace(known[site.key], site=site)
 
 
 def row_shape(value: Value, traced_rows: int, rows: int) -> tuple[int, ...]:

@@ -7,76 +7,28 @@ understands; the description is then checked numerically against the site's own 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from partition.analysis import Analysis
-from partition.errors import UnsupportedSiteError
-from partition.jaxpr import Equation, Value
-from partition.rules import axis_map
-from partition.sites import End, Site, SiteFunction, operand_ends
-
-Array = np.ndarray
+from partition.attention_spec import Array, AttentionSpec, reference_attention
+from partition.jaxpr import Value
+from partition.layouts import Layout, Layouts, read_layouts, refuse
+from partition.sites import End, Site, SiteFunction
 
 _PROBE_KEYS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSpec:
-    """Causal softmax attention: out_i = sum_j softmax_j(cap(scale * q_i . k_j)) v_j over j <= i, i - j < window.
-
-    Query head h reads key-value head h // (num_heads // num_kv_heads). window None: all earlier tokens.
-    softcap c: cap(x) = c * tanh(x / c); None: cap(x) = x.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a value of the model holds [rows, heads, dim]: `order` are its axes in canonical order, size-1 axes last.
-
-    row_axis: the value's axis that counts rows.
-    """
-
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    row_axis: int
-    heads: int
-    dim: int
-
-    def to_canonical(self, array: jax.Array) -> jax.Array:
-        """[rows, heads, dim] from the model's layout."""
-        rows = array.shape[self.row_axis]
-        return array.transpose(self.order).reshape(rows, self.heads, self.dim)
-
-    def from_canonical(self, array: jax.Array) -> jax.Array:
-        """The model's layout from [rows, heads, dim]."""
-        rows = array.shape[0]
-        sizes = [rows if axis == self.row_axis else self.shape[axis] for axis in self.order]
-        inverse = [self.order.index(axis) for axis in range(len(self.order))]
-        return array.reshape(sizes).transpose(inverse)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recognised:
-    """A site's spec and the layouts of q, k, v and the output."""
+    """A site, what it computes, and the layouts of q, k, v and the output."""
 
     site: Site
     spec: AttentionSpec
-    q: Layout
-    k: Layout
-    v: Layout
-    out: Layout
+    layouts: Layouts
 
 
 def recognise(analysis: Analysis, site: Site, *, max_rows: int) -> Recognised:
@@ -88,154 +40,20 @@ def recognise(analysis: Analysis, site: Site, *, max_rows: int) -> Recognised:
     Raises:
       UnsupportedSiteError: not softmax attention over one q, k, v with an exactly causal mask.
     """
-    shape = _read_layouts(analysis, site)
-    probe = _Probe(analysis, shape, max_rows)
-    spec = probe.spec()
-    return Recognised(site=site, spec=spec, q=shape.q, k=shape.k, v=shape.v, out=shape.out)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layouts:
-    site: Site
-    q: Layout
-    k: Layout
-    v: Layout
-    out: Layout
-
-
-def _refuse(site: Site, why: str) -> UnsupportedSiteError:
-    return UnsupportedSiteError(
-        f"the attention opened at {site.opening.where} {why}; allowed: causal softmax attention over one q, k and v, "
-        "with an optional sliding window and soft cap"
-    )
-
-
-def _read_layouts(analysis: Analysis, site: Site) -> _Layouts:
-    opening, closing = site.opening, site.equations[-1]
-    if len(site.outputs) != 1 or site.outputs[0] not in closing.outputs:
-        raise _refuse(site, f"has {len(site.outputs)} outputs {[v.shape for v in site.outputs]}")
-    if opening.primitive != "dot_general" or closing.primitive != "dot_general":
-        raise _refuse(site, f"begins with '{opening.primitive}' and ends with '{closing.primitive}'")
-    q_at = 0 if "query" in operand_ends(analysis, opening, 0, site.ends) else 1
-    v_at = next((i for i, value in enumerate(closing.inputs) if not analysis.facts[value].sides), None)
-    if v_at is None:
-        raise _refuse(site, "closes with a product of two scores")
-    q, k, v = opening.inputs[q_at], opening.inputs[1 - q_at], closing.inputs[v_at]
-    expected: set[tuple[Value, End]] = {(q, "query"), (k, "key"), (v, "key")}
-    if set(site.operands) != expected:
-        raise _refuse(site, f"takes {[(value.shape, end) for value, end in site.operands]} instead of one q, k and v")
-    roles = _Roles(analysis, site)
-    return _Layouts(
-        site=site,
-        q=roles.opening_layout(q_at),
-        k=roles.opening_layout(1 - q_at),
-        v=roles.v_layout(v_at),
-        out=roles.out_layout(v_at),
-    )
-
-
-class _Roles:
-    """Follows the axes of the scores from the product that opens the site to the one that closes it.
-
-    A role is ("head", i), ("group", i), ("query", 0) or ("key", 0).
-    """
-
-    def __init__(self, analysis: Analysis, site: Site) -> None:
-        self.analysis, self.site = analysis, site
-        self.opening, self.closing = site.opening, site.equations[-1]
-        self.opening_map = axis_map(self.opening)
-        self.closing_map = axis_map(self.closing)
-        self.scores: dict[Value, tuple[tuple[str, int] | None, ...]] = {self.opening.outputs[0]: self._opening_roles()}
-        for eqn in site.equations:
-            self._follow(eqn)
-
-    def _opening_roles(self) -> tuple[tuple[str, int] | None, ...]:
-        score = self.opening.outputs[0]
-        both = set(self.opening_map.to_output[0]) & set(self.opening_map.to_output[1])
-        roles: list[tuple[str, int] | None] = []
-        for axis, end in enumerate(self.site.ends[score]):
-            if end is not None:
-                roles.append((end, 0))
-            else:
-                roles.append(("head" if axis in both else "group", axis))
-        return tuple(roles)
-
-    def _follow(self, eqn: Equation) -> None:
-        if eqn.outputs[0] in self.scores or not self.analysis.facts[eqn.outputs[0]].sides:
-            return
-        roles: list[tuple[str, int] | None] = [None] * len(eqn.outputs[0].shape)
-        for value, targets in zip(eqn.inputs, axis_map(eqn).to_output, strict=True):
-            for role, out in zip(self.scores.get(value, ()), targets, strict=False):
-                if out is not None:
-                    roles[out] = role
-        self.scores[eqn.outputs[0]] = tuple(roles)
-
-    def opening_layout(self, position: int) -> Layout:
-        value, targets = self.opening.inputs[position], self.opening_map.to_output[position]
-        roles = self.scores[self.opening.outputs[0]]
-        axes = {axis: roles[out] for axis, out in enumerate(targets) if out is not None}
-        dims = [pair[position] for pair in self.opening_map.paired]
-        return self._layout(value, axes, dims, keys=("key", 0) in axes.values())
-
-    def v_layout(self, v_at: int) -> Layout:
-        value, targets = self.closing.inputs[v_at], self.closing_map.to_output[v_at]
-        scores, score_targets = self.closing.inputs[1 - v_at], self.closing_map.to_output[1 - v_at]
-        by_output = dict(zip(score_targets, self.scores[scores], strict=True))
-        pairs = [(pair[v_at], pair[1 - v_at]) for pair in self.closing_map.paired]
-        axes: dict[int, tuple[str, int] | None] = {}
-        for axis, other in pairs:
-            axes[axis] = self.scores[scores][other]
-        dims = []
-        for axis, out in enumerate(targets):
-            if out is not None and out in by_output:
-                axes[axis] = by_output[out]
-            elif out is not None:
-                dims.append(axis)
-        return self._layout(value, axes, dims, keys=True)
-
-    def out_layout(self, v_at: int) -> Layout:
-        scores, score_targets = self.closing.inputs[1 - v_at], self.closing_map.to_output[1 - v_at]
-        axes = {out: role for role, out in zip(self.scores[scores], score_targets, strict=True) if out is not None}
-        dims = [out for out in self.closing_map.to_output[v_at] if out is not None and out not in axes]
-        return self._layout(self.closing.outputs[0], axes, dims, keys=False)
-
-    def _layout(
-        self, value: Value, axes: Mapping[int, tuple[str, int] | None], dims: list[int], *, keys: bool
-    ) -> Layout:
-        end = "key" if keys else "query"
-        rows = [axis for axis, role in axes.items() if role == (end, 0)]
-        heads = sorted((axis for axis, role in axes.items() if role and role[0] == "head"), key=lambda a: axes[a] or "")
-        groups = sorted(
-            (axis for axis, role in axes.items() if role and role[0] == "group"), key=lambda a: axes[a] or ""
-        )
-        stray = [axis for axis in groups if value.shape[axis] != 1] if keys else []
-        used = [*rows, *heads, *groups, *dims]
-        if (
-            len(rows) != 1
-            or stray
-            or any(value.shape[axis] != 1 for axis in range(len(value.shape)) if axis not in used)
-        ):
-            raise _refuse(self.site, f"has an operand {value.shape} that is not [rows, heads, dim] in some order")
-        ones = [axis for axis in range(len(value.shape)) if axis not in used]
-        return Layout(
-            shape=value.shape,
-            order=(*used, *ones),
-            row_axis=rows[0],
-            heads=math.prod(value.shape[axis] for axis in (*heads, *groups)),
-            dim=math.prod(value.shape[axis] for axis in dims),
-        )
+    layouts = read_layouts(analysis, site)
+    return Recognised(site=site, spec=_Probe(analysis, site, layouts, max_rows).spec(), layouts=layouts)
 
 
 class _Probe:
     """Runs the site's own subgraph on chosen q, k, v and positions."""
 
-    def __init__(self, analysis: Analysis, layouts: _Layouts, max_rows: int) -> None:
-        self.layouts, self.site, self.max_rows = layouts, layouts.site, max_rows
-        self.function = jax.jit(SiteFunction(analysis=analysis, site=layouts.site, widened=True))
+    def __init__(self, analysis: Analysis, site: Site, layouts: Layouts, max_rows: int) -> None:
+        self.layouts, self.site, self.max_rows = layouts, site, max_rows
+        self.function = jax.jit(SiteFunction(analysis=analysis, site=site, widened=True))
         self.heads, self.kv_heads = layouts.q.heads, layouts.k.heads
         self.dim, self.v_dim = layouts.q.dim, layouts.v.dim
         if layouts.v.heads != self.kv_heads or self.heads % self.kv_heads or layouts.k.dim != self.dim:
-            raise _refuse(
+            raise refuse(
                 self.site,
                 f"has q [{self.heads}, {self.dim}], k [{self.kv_heads}, {layouts.k.dim}], "
                 f"v [{layouts.v.heads}, {self.v_dim}] heads and dims",
@@ -314,13 +132,13 @@ class _Probe:
             visible = (distances >= 0) & (distances < (window or self.max_rows))
             if (weights[~visible] != 0).any():
                 seen = distances[~visible][(weights[~visible] != 0).any(axis=1)]
-                raise _refuse(
+                raise refuse(
                     self.site,
                     f"is not exactly causal: position {q_at} gives weight {weights[~visible].max():.3g} to the key at "
                     f"position {q_at - seen[0]}",
                 )
             if not np.allclose(weights[visible], 1 / visible.sum(), rtol=1e-5, atol=0):
-                raise _refuse(self.site, "adds a bias by position or a sink to the scores, or is no softmax")
+                raise refuse(self.site, "adds a bias by position or a sink to the scores, or is no softmax")
 
     def scale_and_cap(self) -> tuple[float, float | None]:
         """Log-odds of two keys as a function of q . k."""
@@ -330,12 +148,12 @@ class _Probe:
             weights = self.weights(np.array([0.0, x]), position, np.array([position, position - 1]))
             odds = np.log(weights[1] / weights[0])
             if np.ptp(odds) > 1e-5 * max(1.0, abs(odds[0])):
-                raise _refuse(self.site, f"scales its heads differently: {odds}")
+                raise refuse(self.site, f"scales its heads differently: {odds}")
             return float(odds[0])
 
         small = score(0.25) / 0.25
         if small <= 0:
-            raise _refuse(self.site, f"has a scale of {small:.3g}")
+            raise refuse(self.site, f"has a scale of {small:.3g}")
         probe = 4.0 / small
         linear = score(probe) / probe
         if math.isclose(linear, small, rel_tol=1e-4):
@@ -346,7 +164,7 @@ class _Probe:
         # At x -> infinity the log-odds tend to the cap; beyond about 80 the other weight underflows.
         limit = score(1e6 / small)
         if not math.isfinite(limit) or not 0 < limit < 80:
-            raise _refuse(self.site, "transforms its scores in an unknown way")
+            raise refuse(self.site, "transforms its scores in an unknown way")
         cap = float(round(limit)) if math.isclose(limit, round(limit), rel_tol=1e-4) else limit
         x = cap / small
         scale = self._snap(math.atanh(score(x) / cap) * cap / x)
@@ -371,23 +189,7 @@ class _Probe:
         expected = reference_attention(spec, q, k, v, queries, keys)
         error = float(np.abs(seen - expected).max())
         if error > 1e-4:
-            raise _refuse(self.site, f"differs from {spec} by {error:.3g} on random input")
-
-
-def reference_attention(
-    spec: AttentionSpec, q: Array, k: Array, v: Array, query_positions: Array, key_positions: Array
-) -> Array:
-    """The definition of `AttentionSpec` in NumPy: q [queries, heads, dim], k and v [keys, kv_heads, dim]."""
-    group = spec.num_heads // spec.num_kv_heads
-    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scores = spec.scale * np.einsum("qhd,khd->hqk", q, k)
-    if spec.softcap is not None:
-        scores = spec.softcap * np.tanh(scores / spec.softcap)
-    distance = query_positions[:, None] - key_positions[None, :]
-    visible = (distance >= 0) & (distance < (spec.window or np.inf))
-    scores = np.where(visible, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), v)
+            raise refuse(self.site, f"differs from {spec} by {error:.3g} on random input")
 
 
 def _largest(predicate: Callable[[int], bool], limit: int) -> int:

@@ -1,0 +1,42 @@
+"""What a recognised attention site computes, and its definition in NumPy: the oracle of every kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Causal softmax attention: out_i = sum_j softmax_j(cap(scale * q_i . k_j)) v_j over j <= i, i - j < window.
+
+    Query head h reads key-value head h // (num_heads // num_kv_heads). window None: all earlier tokens.
+    softcap c: cap(x) = c * tanh(x / c); None: cap(x) = x.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def reference_attention(
+    spec: AttentionSpec, q: Array, k: Array, v: Array, query_positions: Array, key_positions: Array
+) -> Array:
+    """The definition of `AttentionSpec` in NumPy: q [queries, heads, dim], k and v [keys, kv_heads, dim]."""
+    group = spec.num_heads // spec.num_kv_heads
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = spec.scale * np.einsum("qhd,khd->hqk", q, k)
+    if spec.softcap is not None:
+        scores = spec.softcap * np.tanh(scores / spec.softcap)
+    distance = query_positions[:, None] - key_positions[None, :]
+    visible = (distance >= 0) & (distance < (spec.window or np.inf))
+    scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), v)
