@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+_ROWS = 512  # tokens of a prefill batch, ours and llama.cpp's
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
@@ -39,54 +41,64 @@ class Times:
     split: dict[str, float] | None = None
 
 
-def prompts(point: Point) -> np.ndarray:
-    """[sequences, context] int64 token ids."""
-    return np.random.default_rng(0).integers(10, 250, (point.sequences, point.context))  # in every vocabulary
+def prompts(point: Point, more: int = 0) -> np.ndarray:
+    """[sequences + more, context] int64 token ids."""
+    return np.random.default_rng(0).integers(10, 250, (point.sequences + more, point.context))  # in every vocabulary
 
 
 def run_hetero_jax(point: Point) -> Times:
-    """Our engine; throughput and, in a second engine that waits after every call, the split of the decode time."""
-    throughput = _run_engine(point, profile=False)
-    profiled = _run_engine(point, profile=True)
-    return Times(prefill_s=throughput.prefill_s, decode_s=throughput.decode_s, split=profiled.split)
-
-
-def _run_engine(point: Point, *, profile: bool) -> Times:
+    """Our engine: a warm-up, a run for the throughput, and a profiled run for the split of the decode time."""
     import hetero_jax as hj
 
     model = hj.load(point.model, dtype=point.dtype)
-    tokens = point.sequences * (point.context + point.new_tokens + 17)
-    per_token = model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim * 2
+    # Early sequences decode beside the prefill of late ones; none may end before the timed steps do.
+    slack = 2 * point.sequences * point.context // _ROWS + 32
+    length = point.context + point.new_tokens + slack
+    layout = model.config
+    per_token = layout.num_hidden_layers * layout.num_key_value_heads * layout.head_dim * 2
     config = hj.EngineConfig(
-        kv_cache_bytes=int(tokens * per_token * (4 if point.dtype == "float32" else 2) * 1.1),
+        kv_cache_bytes=(point.sequences + 1) * (length + 32) * per_token * (4 if point.dtype == "float32" else 2),
         num_microbatches=point.num_microbatches,
-        max_num_seqs=point.sequences,
-        max_model_len=max(point.context + point.new_tokens + 1, 64),
-        profile=profile,
+        max_num_batched_tokens=_ROWS,
+        max_num_seqs=point.sequences + 1,
+        max_model_len=length,
     )
-    engine, ids = hj.Engine(model, config), prompts(point)
+    engine = hj.Engine(model, config)
+    _run_engine(engine, point, slack)
+    timed = _run_engine(engine, point, slack)
+    engine.profile = True
+    split = _run_engine(engine, point, slack).split
+    return Times(prefill_s=timed.prefill_s, decode_s=timed.decode_s, split=split)
 
-    def generate(count: int) -> tuple[float, hj.EngineStats]:
-        start_s = time.perf_counter()
+
+def _run_engine(engine: Any, point: Point, slack: int) -> Times:
+    """Seconds until the last prompt has its first token, and of the `new_tokens` steps of all sequences after that.
+
+    One request more than there are sequences ends after its first token and so tells that all are prefilled; the one
+    before it ends `new_tokens` steps later, while all others go on.
+    """
+    import hetero_jax as hj
+
+    def request(index: int, count: int) -> hj.Request:
         params = hj.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
-        for _ in engine.generate(list(ids), params):
-            pass
-        return time.perf_counter() - start_s, engine.stats
+        return hj.Request(id=str(index), prompt_token_ids=tuple(map(int, ids[index])), sampling_params=params)
 
-    generate(point.new_tokens + 1)  # compiles every shape
-    generate(1)
-    start = engine.stats
-    prefill_s, after_prefill = generate(1)
-    both_s, after = generate(point.new_tokens + 1)
+    ids = prompts(point, more=1)
+    last = point.sequences
+    counts = {last: 1, last - 1: 1 + point.new_tokens}
+    requests = [request(index, counts.get(index, point.new_tokens + slack)) for index in range(len(ids))]
+    marks = [(time.perf_counter(), engine.stats)]
+    stream = engine.generate(requests)
+    for completion in stream:
+        assert completion.id in (str(last), str(last - 1)), f"sequence {completion.id} ended before the timed steps"
+        marks.append((time.perf_counter(), engine.stats))
+        if len(marks) == 3:
+            break
+    stream.close()
+    (start_s, _), (first_s, before), (end_s, after) = marks
     names = ("dense_s", "attention_s", "sample_s", "host_s")
-
-    def spent(name: str) -> float:
-        """Decode alone: the second run less the first."""
-        whole = getattr(after, name) - getattr(after_prefill, name)
-        return whole - (getattr(after_prefill, name) - getattr(start, name))
-
-    split = {name: spent(name) for name in names} if profile else None
-    return Times(prefill_s=prefill_s, decode_s=both_s - prefill_s, split=split)
+    split = {name: getattr(after, name) - getattr(before, name) for name in names}
+    return Times(prefill_s=first_s - start_s, decode_s=end_s - first_s, split=split)
 
 
 def run_transformers(point: Point) -> Times:
@@ -147,7 +159,7 @@ def run_llama_cpp(point: Point) -> Times:
 def _llama_params(llama_cpp: Any, point: Point) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = point.sequences * (point.context + point.new_tokens + 8)
-    params.n_batch = params.n_ubatch = 512
+    params.n_batch = params.n_ubatch = _ROWS
     params.n_seq_max = point.sequences
     params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
     params.type_k = params.type_v = _ggml_type(point.dtype).value
@@ -155,7 +167,7 @@ def _llama_params(llama_cpp: Any, point: Point) -> Any:
 
 
 def _llama_prefill(llama_cpp: Any, context: Any, ids: np.ndarray) -> list[int]:
-    """Prompts packed into batches of at most 512 tokens; the greedy next token of each."""
+    """Prompts packed into batches of at most _ROWS tokens; the greedy next token of each."""
     found: list[int] = []
     batch: list[tuple[int, int, int]] = []
     last: set[int] = set()
@@ -164,7 +176,7 @@ def _llama_prefill(llama_cpp: Any, context: Any, ids: np.ndarray) -> list[int]:
             if position == len(row) - 1:
                 last.add(len(batch))
             batch.append((sequence, position, int(token)))
-            if len(batch) == 512 or (sequence == len(ids) - 1 and position == len(row) - 1):
+            if len(batch) == _ROWS or (sequence == len(ids) - 1 and position == len(row) - 1):
                 found += _llama_decode(llama_cpp, context, batch, last)
                 batch, last = [], set()
     return found

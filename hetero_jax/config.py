@@ -25,7 +25,6 @@ class EngineConfig:
     attention: "tier2" keeps the KV pools and the attention on the CPU; "tier1" puts both on the accelerator.
     tier1_memory_gb: refuse a configuration that needs more than this on tier 1; None: no limit.
     seed: seed of sequences whose SamplingParams have none.
-    profile: wait for every call, so that `engine.stats` can tell dense, attention and host time apart (slower).
 
     Raises:
       ConfigError: a field out of range.
@@ -42,7 +41,6 @@ class EngineConfig:
     attention: Literal["tier1", "tier2"] = "tier2"
     tier1_memory_gb: float | None = None
     seed: int = 0
-    profile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("kv_cache_bytes", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches"):

@@ -32,7 +32,7 @@ Prompt = str | Sequence[int] | Request
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Counters since the engine was made. The *_s fields but total_s are 0 unless EngineConfig.profile."""
+    """Counters since the engine was made. The *_s fields but total_s count while `engine.profile` is set."""
 
     sequences_done: int = 0
     sequences_total: int = 0
@@ -54,7 +54,7 @@ class EngineStats:
 
     @property
     def host_s(self) -> float:
-        """Python, scheduler and dispatch: what is left of the total (with EngineConfig.profile)."""
+        """Python, scheduler and dispatch: what is left of the total (if `engine.profile` was set all along)."""
         return self.total_s - self.dense_s - self.attention_s - self.sample_s
 
 
@@ -96,7 +96,7 @@ class Engine:
                 max_model_len=self.max_model_len,
             )
         )
-        self._timings = Timings(enabled=self.config.profile)
+        self._timings = Timings()
         self._tiers = Tiers(self.plan, self._dense, self._attention, self._timings)
         self._sequences: dict[int, SequenceState] = {}
         self._next_id = 0
@@ -109,6 +109,15 @@ class Engine:
             f"{len(self.plan.sites)} attention sites on {self._attention.device}, "
             f"{pages} ({self._attention.pool_bytes / 2**20:.0f} MiB))"
         )
+
+    @property
+    def profile(self) -> bool:
+        """Set to wait for every call, so that `stats` can tell dense, attention and host time apart (slower)."""
+        return self._timings.enabled
+
+    @profile.setter
+    def profile(self, enabled: bool) -> None:
+        self._timings.enabled = enabled
 
     @property
     def stats(self) -> EngineStats:
