@@ -7,6 +7,7 @@
 // sequence that depends on its own position alone: not on the tile it is in, the other rows, the threads or the pages.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "kernel.h"
@@ -29,8 +30,7 @@ inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 // bfloat16 is the upper half of a float.
 inline Vec Load(const uint16_t* p) {
   typedef uint32_t VecU __attribute__((vector_size(LANES * 4)));
-  const VecU wide = __builtin_convertvector(*reinterpret_cast<const VecH*>(p), VecU) << 16;
-  return reinterpret_cast<const Vec&>(wide);
+  return (Vec)(__builtin_convertvector(*reinterpret_cast<const VecH*>(p), VecU) << 16);  // the bits, not the value
 }
 
 inline float Scalar(float x) { return x; }
@@ -64,8 +64,7 @@ inline Vec Exp(Vec x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const VecI exponent = (__builtin_convertvector(n, VecI) + 127) << 23;
-  const Vec result = p * reinterpret_cast<const Vec&>(exponent);
-  return x < Splat(-87.0f) ? Vec{} : result;
+  return x < Splat(-87.0f) ? Vec{} : p * (Vec)exponent;
 }
 
 inline float HorizontalMax(Vec x) {
@@ -88,7 +87,7 @@ struct Pages {
   const T* k_pool;
   const T* v_pool;
   const int32_t* table;
-  int64_t page_size, num_pages, kv_heads, kv_head, dim, v_dim;
+  int64_t page_size, kv_heads, kv_head, dim, v_dim;
 
   // Keys of LANES positions from `position` on: dimension d is at the result + d * page_size.
   const T* Keys(int64_t position) const {
@@ -196,7 +195,7 @@ void Attend(const Call& call, const Task& task) {
   }
   const Pages<T> pages{static_cast<const T*>(call.k_pool), static_cast<const T*>(call.v_pool),
                        call.page_table + task.sequence * call.pages_per_sequence, call.page_size,
-                       call.pages_per_sequence, call.num_kv_heads, task.kv_head, dim, v_dim};
+                       call.num_kv_heads, task.kv_head, dim, v_dim};
   const int64_t last = task.position + task.num_rows - 1;
   int64_t begin = call.window ? task.position - call.window + 1 : 0;
   begin = begin > 0 ? begin / kBlock * kBlock : 0;
