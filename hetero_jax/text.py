@@ -9,6 +9,8 @@ from hetero_jax.errors import RequestError
 from hetero_jax.outputs import FinishReason
 from hetero_jax.sampling_params import SamplingParams
 
+_LONGEST_WAIT = 16  # tokens without text; bounds the window that is decoded per token
+
 
 class TextStream:
     """Text of one sample and whether it has ended.
@@ -37,38 +39,40 @@ class TextStream:
     def push(self, token: int) -> bool:
         """Add a generated token; True if the sample has ended."""
         self._tokens.append(token)
-        may_stop = len(self._tokens) >= self._params.min_tokens
-        if may_stop and token in self._eos:
-            self._end("stop")
-        elif may_stop and token in self._params.stop_token_ids:
-            self._end("stop", token)
-        else:
-            added = self._decode()
-            if may_stop:
-                self._look_for_stop_string(added)
-        if self.finish_reason is None and len(self._tokens) == self._params.max_tokens:
-            self._end("length")
+        count = len(self._tokens)
+        may_stop, is_last = count >= self._params.min_tokens, count == self._params.max_tokens
+        is_end = may_stop and (token in self._eos or token in self._params.stop_token_ids)
+        if is_end:
+            self._tokens.pop()  # the token that ends it is not text
+        before = self._decode(whole=is_end or is_last)
+        if may_stop:
+            self._look_for_stop_string(before)
+        if self.finish_reason is None and is_end:
+            self.finish_reason, self.stop_reason = "stop", None if token in self._eos else token
+        elif self.finish_reason is None and is_last:
+            self.finish_reason = "length"
         return self.finish_reason is not None
 
-    def _end(self, finish_reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        # The token that stops is not text; what is still held back (half a character) is.
-        if finish_reason == "stop":
-            self._tokens.pop()
-        self._decode(whole=True)
-        self.finish_reason, self.stop_reason = finish_reason, stop_reason
-
-    def _decode(self, *, whole: bool = False) -> int:
-        """Append what the new tokens add to the text; returns how many characters were there before."""
+    def _decode(self, *, whole: bool) -> int:
+        """Append what the new tokens add to the text (`whole`: also half a character); returns its length before."""
         before = len(self.text)
         if self._tokenizer is None or self._read == len(self._tokens):
             return before
         known = self._tokenizer.decode(self._tokens[self._prefix : self._read])
         now = self._tokenizer.decode(self._tokens[self._prefix :])
-        # A replacement character at the end may be the first bytes of one that the next token completes.
-        if now.endswith("\ufffd") and not whole:
-            return before
+        read = len(self._tokens)
+        # A replacement character at the end may be the first bytes of one that the next token completes. Tokens without
+        # text (special ones) wait for the next: alone they would be no context for its leading space.
+        if not whole and (now.endswith("\ufffd") or len(now) <= len(known)):
+            if read - self._read <= _LONGEST_WAIT:
+                return before
+            # Bytes that are no text at all. A character has up to 4, so what was 4 tokens ago is decided.
+            read -= 4
+            now, later = self._tokenizer.decode(self._tokens[self._prefix : read]), now
+            if not later.startswith(now):
+                return before
         self.text += now[len(known) :]
-        self._prefix, self._read = self._read, len(self._tokens)
+        self._prefix, self._read = self._read, read
         return before
 
     def _look_for_stop_string(self, before: int) -> None:

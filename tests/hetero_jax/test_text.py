@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
 
 from hetero_jax.errors import RequestError
 from hetero_jax.sampling_params import SamplingParams
@@ -44,6 +46,62 @@ def test_text_of_single_tokens_is_the_text_of_all(text):
     assert _push(stream, tokens) == len(tokens)
     assert stream.text == text
     assert stream.finish_reason == "length"
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(b"a\x80\xbf\xc3\xe2\x82\xac\xf0\x9f\xff"), min_size=1, max_size=120))
+def test_bytes_that_are_no_text_give_what_all_at_once_would(tokens):
+    stream = _stream(max_tokens=len(tokens), ignore_eos=True)
+    _push(stream, tokens)
+    assert stream.text == ByteTokenizer().decode(tokens)
+
+
+class CountingTokenizer(ByteTokenizer):
+    longest = 0
+
+    def decode(self, ids, *, skip_special_tokens=True):
+        self.longest = max(self.longest, len(ids))
+        return super().decode(ids)
+
+
+@pytest.mark.parametrize("token", [0xFF, 0xE2, 0x80])
+def test_a_token_costs_the_same_however_long_the_text_and_whatever_it_is(token):
+    tokenizer = CountingTokenizer()
+    stream = TextStream(tokenizer, SamplingParams(max_tokens=None), ())
+    _push(stream, [token] * 2000)
+    assert tokenizer.longest < 50
+
+
+class SpaceTokenizer:
+    """Words that bring their space, which a text's first word loses, and an end token without text."""
+
+    def __init__(self) -> None:
+        self.backend = Tokenizer(WordLevel({"▁x": 0, "▁y": 1, "z": 2}, unk_token="z"))
+        self.backend.decoder = decoders.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+        self.backend.add_special_tokens(["</s>"])
+
+    def decode(self, ids, *, skip_special_tokens=True):
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=12))
+def test_spaces_survive_special_tokens(tokens):
+    tokenizer = SpaceTokenizer()
+    stream = TextStream(tokenizer, SamplingParams(max_tokens=len(tokens), ignore_eos=True), (3,))
+    _push(stream, tokens)
+    assert stream.text == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 9])
+def test_a_stop_string_beside_half_a_character_is_found_at_the_end(max_tokens):
+    class Words:
+        def decode(self, ids, *, skip_special_tokens=True):
+            return (b"END\xe2" * len(ids)).decode("utf-8", "replace")
+
+    stream = TextStream(Words(), SamplingParams(stop=("END",), max_tokens=max_tokens), (EOS,))
+    _push(stream, [7, EOS])
+    assert (stream.text, stream.finish_reason, stream.stop_reason) == ("", "stop", "END")
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
