@@ -17,7 +17,7 @@ from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.config import EngineConfig
 from hetero_jax.dense_tier import DenseTier
 from hetero_jax.devices import place
-from hetero_jax.errors import CapacityError, ConfigError, RequestError
+from hetero_jax.errors import ConfigError, RequestError
 from hetero_jax.outputs import Completion, Request
 from hetero_jax.rows import pack
 from hetero_jax.sampling_params import SamplingParams
@@ -169,7 +169,7 @@ class Engine:
         for request in requests:
             try:
                 groups.append(self._group(request, defaults))
-            except (RequestError, CapacityError) as error:
+            except (RequestError, models.ModelError) as error:  # the latter: a chat template that refuses
                 if on_error == "fail":
                     raise RequestError(f"request {request.id!r}: {error}") from error
                 refused.append(failed(request, error))

@@ -179,3 +179,25 @@ def test_repr_says_what_runs_where(engine):
     assert "dense stages on" in repr(engine)
     assert "attention sites on" in repr(engine)
     assert "KV pages of 16 tokens" in repr(engine)
+
+
+def test_messages_that_the_template_refuses_fail_alone():
+    class NoTemplate:
+        def encode(self, text, *, add_special_tokens=True):
+            return [1, 2]
+
+        def decode(self, ids, *, skip_special_tokens=True):
+            return "x" * len(ids)
+
+        def apply_chat_template(self, messages, *, add_generation_prompt=True):
+            raise models.ChatTemplateError("no chat template")
+
+    loaded = dataclasses.replace(_loaded(TINY), tokenizer=NoTemplate())
+    engine = hj.Engine(loaded, hj.EngineConfig(kv_cache_bytes=1 << 20, max_model_len=128))
+    chat = hj.Request(id="chat", messages=({"role": "user", "content": "Hello"},))
+    prompts = [chat, hj.Request(id="plain", prompt="Hello")]
+    found = {c.id: c for c in engine.generate(prompts, hj.SamplingParams(max_tokens=2), on_error="record")}
+    assert found["chat"].error == "no chat template"
+    assert len(found["plain"].token_ids) == 2
+    with pytest.raises(RequestError, match="'chat': no chat template"):
+        list(engine.generate(prompts))
