@@ -63,7 +63,7 @@ def _run(
         if rest:
             raise ConfigError(f"unexpected argument {rest[0]!r}; allowed: flags, as --name=value")
         return run(values.flag_values_dict())
-    except (HeteroJaxError, models.ModelError, PartitionError, flags.Error) as error:
+    except (HeteroJaxError, models.ModelError, PartitionError, flags.Error, OSError) as error:
         print(f"hetero-jax {name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -143,6 +143,7 @@ def _generate(values: dict[str, Any]) -> int:
             "dtype": values["dtype"],
             "kv_cache_dtype": config["kv_cache_dtype"],
             "seed": config["seed"],
+            "max_model_len": config["max_model_len"],
         },
         on_error=values["on_error"],
         overwrite=values["overwrite"],
@@ -190,7 +191,7 @@ def parse_bytes(text: str) -> int:
         number, unit = number[:-1], number[-1].upper()
     try:
         size = int(float(number) * _UNITS[unit])
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"kv_cache_bytes={text!r}; allowed: a number with K, M, G or T, such as 2G") from error
     if size < 1:
         raise ConfigError(f"kv_cache_bytes={text!r}; allowed: more than 0")

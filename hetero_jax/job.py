@@ -2,12 +2,14 @@
 
 Rows are checked before the weights are loaded. Outputs are appended in the order in which they finish. Run the same
 command again after a kill: finished rows (same id and key) are skipped, a torn last line is cut off, the rest is done;
-a row's bytes do not depend on where the job was interrupted, as its tokens do not depend on its batch.
+a row's bytes do not depend on where the job was interrupted, as its tokens do not depend on its batch. Rows that failed
+are tried again: their error rows are taken out first, and a row that was repaired in the input simply runs.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from hetero_jax.rows_file import BadRow, InputRow, read_rows
 from hetero_jax.sampling_params import SamplingParams
 
 EXIT_CLEAN, EXIT_FAILED, EXIT_SOME_ROWS_FAILED = 0, 1, 2
+_LOG_EVERY_S = 10.0
 
 
 class Generator(Protocol):
@@ -71,18 +74,26 @@ def run_job(config: JobConfig, make_engine: Callable[[], Generator], *, log: Any
     rows, bad = read_rows(config.input, config.defaults, config.context)
     if bad and config.on_error == "fail":
         raise JobError(_all_bad(config.input, bad))
+    _check_files(config)
     with OutputFile(config.output, overwrite=config.overwrite) as output:
         todo = [row for row in rows if not _is_done(row, output)]
+        todo_bad = [row for row in bad if not _is_done(row, output)]
+        output.start(drop={str(row.id) for row in (*todo, *todo_bad) if str(row.id) in output.done})
         for row in bad:
             print(f"{config.input}:{row.line}: {row.error}", file=log)
-            if not _is_done(row, output):
-                output.append(_error_row(row))
+        for row in todo_bad:
+            output.append(_error_row(row))
         if len(todo) < len(rows):
             print(f"{len(rows) - len(todo)} of {len(rows)} rows are done already", file=log)
-        failed = len(bad) + sum(output.done.get(str(row.id), ("", False))[1] for row in rows)
+        failed = len(bad)
         if todo:
             failed += _generate(todo, make_engine(), output, total=len(rows), log=log)
     return EXIT_SOME_ROWS_FAILED if failed else EXIT_CLEAN
+
+
+def _check_files(config: JobConfig) -> None:
+    if config.output.exists() and config.output.samefile(config.input):
+        raise JobError(f"{config.output} is both input and output; name another output")
 
 
 def _all_bad(path: Path, bad: Sequence[BadRow]) -> str:
@@ -93,7 +104,10 @@ def _all_bad(path: Path, bad: Sequence[BadRow]) -> str:
 def _is_done(row: InputRow | BadRow, output: OutputFile) -> bool:
     if str(row.id) not in output.done:
         return False
-    if output.done[str(row.id)][0] != row.key:
+    key, failed = output.done[str(row.id)]
+    if failed:
+        return isinstance(row, BadRow) and key == row.key  # the same bad row would fail alike
+    if key != row.key:
         raise JobError(
             f"{output.path} has a row with id {row.id!r} of another prompt, sampling parameters or model; "
             "name another output or give --overwrite"
@@ -111,20 +125,44 @@ def _generate(todo: Sequence[InputRow], engine: Generator, output: OutputFile, *
     """Run the rows and write them; returns how many failed."""
     by_id = {row.request.id: row for row in todo}
     failed = 0
-    with _progress(total, total - len(todo), log) as bar:
+    with _Progress(total, total - len(todo), log) as progress:
         for completion in engine.generate([row.request for row in todo], on_error="record"):
             row = by_id[completion.id]
             output.append({**completion.to_row(), "id": row.id, "key": row.key})
             failed += completion.error is not None
-            stats = engine.stats
-            bar.set_postfix_str(
-                f"{stats.tokens_per_s:.0f} tokens/s, {stats.pages_used}/{stats.pages_total} KV pages", refresh=False
-            )
-            bar.update()
+            progress.update(engine.stats)
     return failed
 
 
-def _progress(total: int, done: int, log: Any) -> tqdm:
-    # Where nobody watches (a log file), a line every ten seconds is enough.
-    every_s = 0.1 if getattr(log, "isatty", lambda: False)() else 10.0
-    return tqdm(total=total, initial=done, unit="seq", file=log, mininterval=every_s, desc="sequences")
+class _Progress:
+    """A bar on a terminal; where nobody watches (a log file), a line every ten seconds and at the end."""
+
+    def __init__(self, total: int, done: int, log: Any) -> None:
+        self._log, self._is_terminal = log, getattr(log, "isatty", lambda: False)()
+        self._bar = tqdm(
+            total=total, initial=done, unit="seq", desc="sequences", file=log, disable=not self._is_terminal
+        )
+        self._total, self._done = total, done
+        self._line, self._written_at_s = "", time.monotonic()
+
+    def update(self, stats: Any) -> None:
+        """One more sequence is done."""
+        self._done += 1
+        speed = f"{stats.tokens_per_s:.0f} tokens/s, {stats.pages_used}/{stats.pages_total} KV pages"
+        self._bar.set_postfix_str(speed, refresh=False)
+        self._bar.update()
+        self._line = f"{self._done} of {self._total} sequences, {speed}"
+        if time.monotonic() - self._written_at_s >= _LOG_EVERY_S:
+            self._write_line()
+
+    def _write_line(self) -> None:
+        if self._line and not self._is_terminal:
+            print(self._line, file=self._log, flush=True)
+        self._line, self._written_at_s = "", time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._write_line()
+        self._bar.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from hetero_jax.outputs import Request
 from hetero_jax.sampling_params import SamplingParams
 
 _LARGEST_LINE_BYTES = 64 << 20
+_RESERVED_ID = re.compile(r"line:[0-9]+")  # what rows without a usable id are reported under
 _FIELDS = ("id", "prompt", "messages", "prompt_token_ids", "sampling_params")
 
 
@@ -41,7 +43,8 @@ def read_rows(path: Path, defaults: SamplingParams, context: Mapping[str, Any]) 
 
     Args:
       defaults: sampling parameters under those of each row.
-      context: what else the outputs depend on (model, seed, dtypes); part of every key.
+      context: what else the outputs depend on (model, seed, dtypes); part of every key, but "max_model_len" only of
+        rows without max_tokens.
     Raises:
       JobError: the file cannot be read.
     """
@@ -52,7 +55,7 @@ def read_rows(path: Path, defaults: SamplingParams, context: Mapping[str, Any]) 
         row_id: str | int = f"line:{number}"
         try:
             values = _parse(line)
-            row_id = _row_id(values)
+            row_id = _row_id(values, number)
             if str(row_id) in lines_of:
                 raise RequestError(f"id {row_id!r} is also on line {lines_of[str(row_id)]}; allowed: unique ids")
             lines_of[str(row_id)] = number
@@ -68,8 +71,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_LARGEST_LINE_BYTES + 1), b""), start=1):
-                if len(line) > _LARGEST_LINE_BYTES:
-                    raise JobError(f"{path}: line {number} is longer than {_LARGEST_LINE_BYTES} bytes")
+                rest = line
+                while len(rest) > _LARGEST_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(_LARGEST_LINE_BYTES + 1)  # skipped: what is held is enough to refuse it
                 if line.strip():
                     yield number, line
     except OSError as error:
@@ -77,19 +81,26 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
+    if len(line) > _LARGEST_LINE_BYTES:
+        raise RequestError(f"longer than {_LARGEST_LINE_BYTES} bytes")
     try:
-        values = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        # From bytes, json would also take UTF-16 and half surrogates.
+        values = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise RequestError(f"not a JSON object: {error}") from error
     if not isinstance(values, dict):
         raise RequestError(f"a JSON {type(values).__name__}; allowed: an object")
     return values
 
 
-def _row_id(values: Mapping[str, Any]) -> str | int:
+def _row_id(values: Mapping[str, Any], number: int) -> str | int:
     row_id = values.get("id")
     if isinstance(row_id, bool) or not isinstance(row_id, (str, int)) or row_id == "":
         raise RequestError(f"id {row_id!r}; allowed: a non-empty string or an integer")
+    if isinstance(row_id, str) and _RESERVED_ID.fullmatch(row_id) and row_id != f"line:{number}":
+        raise RequestError(f"id {row_id!r} is the name of line {row_id[5:]}; allowed: another one")
     return row_id
 
 
@@ -99,7 +110,7 @@ def _row(
     unknown = sorted(set(values) - set(_FIELDS))
     if unknown:
         raise RequestError(f"unknown key {unknown[0]!r}; allowed: {', '.join(_FIELDS)}")
-    given = values.get("sampling_params") or {}
+    given = {} if values.get("sampling_params") is None else values["sampling_params"]
     if not isinstance(given, dict):
         raise RequestError(f"sampling_params is a {type(given).__name__}; allowed: an object")
     params = SamplingParams.from_dict(given, defaults)
@@ -111,7 +122,9 @@ def _row(
         sampling_params=params,
     )
     content = {name: values[name] for name in _FIELDS[:-1] if name in values}
-    return InputRow(id=row_id, request=request, key=_hash([content, params.to_dict(), dict(context)]))
+    # The model's length decides only where the row sets no limit.
+    context = {name: value for name, value in context.items() if name != "max_model_len" or params.max_tokens is None}
+    return InputRow(id=row_id, request=request, key=_hash([content, params.to_dict(), context]))
 
 
 def _prompt(value: Any) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 from hetero_jax.errors import SamplingParamsError
 
 _MAX_LOGPROBS = 128
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,8 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         for token, value in self.logit_bias.items():
             _number(f"logit_bias[{token}]", value, -100, 100)
+        for name in _FLOATS:
+            object.__setattr__(self, name, float(getattr(self, name)))  # 0 and 0.0 are one value, also as JSON text
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], defaults: SamplingParams | None = None) -> SamplingParams:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
 from hetero_jax.cli import main, parse_bytes
 from hetero_jax.errors import ConfigError
+from hetero_jax.output_file import OutputFile
 
 
 def _cli(capsys, *args) -> tuple[int, str, str]:
@@ -87,6 +89,26 @@ def test_a_prompt_that_needs_a_tokenizer_fails_alone(capsys, tmp_path, prompts):
     assert len(_tokens(tmp_path / "out")) == 6
 
 
+def test_a_full_disk_is_one_message_and_the_job_goes_on_later(capsys, tmp_path, prompts, monkeypatch):
+    args = ("generate", "--model=random:tiny", f"--input={prompts}", f"--output={tmp_path / 'out'}", *SMALL)
+    append, rows = OutputFile.append, []
+
+    def until_full(self, row):
+        if len(rows) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rows.append(row)
+        append(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFile, "append", until_full)
+        code, _, err = _cli(capsys, *args)
+    assert code == 1
+    assert "No space left on device" in err
+    assert len(_tokens(tmp_path / "out")) == 2
+    assert _cli(capsys, *args)[0] == 0
+    assert sorted(_tokens(tmp_path / "out")) == [0, 1, 2, 3, 4]
+
+
 def test_converted_checkpoint_gives_the_same_tokens(capsys, tmp_path, prompts):
     folder = tmp_path / "checkpoint"
     assert _cli(capsys, "convert", "--model=random:tiny", f"--output={folder}")[0] == 0
@@ -108,7 +130,7 @@ def test_sizes(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "G", "-1", "1X", "0"])
+@pytest.mark.parametrize("text", ["", "G", "-1", "1X", "0", "1e999"])
 def test_sizes_that_are_none(text):
     with pytest.raises(ConfigError, match="kv_cache_bytes"):
         parse_bytes(text)

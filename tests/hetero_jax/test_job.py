@@ -16,6 +16,7 @@ import pytest
 
 import fake_job
 from fake_job import FakeEngine, config
+from hetero_jax import rows_file
 from hetero_jax.errors import JobError
 from hetero_jax.job import run_job
 from hetero_jax.output_file import OutputFile
@@ -51,6 +52,10 @@ BAD = {
     '{"id": "x", "prompt_token_ids": [1.5]}\n': "prompt_token_ids must be a list of integers",
     '{"id": "x", "prompt": "a", "sampling_params": {"top_p": 7}}\n': "top_p=7",
     '{"id": "x", "prompt": "a", "sampling_params": [1]}\n': "sampling_params is a list",
+    '{"id": "x", "prompt": "a", "sampling_params": false}\n': "sampling_params is a bool",
+    '{"id": "x", "prompt": "\\ud800"}\n': "surrogates not allowed",
+    '{"id": "x", "prompt_token_ids": [' + "9" * 5000 + "]}\n": "not a JSON object",
+    '{"id": "line:1", "prompt": "a"}\n': "id 'line:1' is the name of line 1",
     '{"id": "good", "prompt": "again"}\n': "id 'good' is also on line 1",
 }
 
@@ -64,6 +69,18 @@ def test_bad_line_is_reported_with_its_number_and_the_rest_is_kept(tmp_path, lin
     assert BAD[line] in bad[0].error
 
 
+def test_bytes_that_are_not_utf8_and_a_line_too_long_are_bad_rows_like_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_file, "_LARGEST_LINE_BYTES", 100)
+    source = tmp_path / "in"
+    lines = [b'{"id": "\xff"}', b'{"id": "' + b"x" * 1000 + b'"}', '{"id": "a", "prompt": "é"}'.encode(), b"y" * 101]
+    source.write_bytes(b"\n".join(lines))
+    rows, bad = read_rows(source, SamplingParams(), {})
+    assert [row.id for row in rows] == ["a"]
+    assert [(row.line, row.id) for row in bad] == [(1, "line:1"), (2, "line:2"), (4, "line:4")]
+    assert "utf-8" in bad[0].error
+    assert "longer than 100 bytes" in bad[1].error
+
+
 def test_a_key_changes_with_prompt_parameters_and_context_and_with_nothing_else(tmp_path):
     def key(row, defaults=None, context=None):
         source = _write(tmp_path / "in", [row])
@@ -72,6 +89,10 @@ def test_a_key_changes_with_prompt_parameters_and_context_and_with_nothing_else(
     base = {"id": "1", "prompt": "a"}
     assert key(base) == key({"prompt": "a", "id": "1", "sampling_params": {}})
     assert key({**base, "sampling_params": {"max_tokens": 9}}) == key(base, SamplingParams(max_tokens=9))
+    assert key(base, SamplingParams(temperature=0)) == key(base, SamplingParams(temperature=0.0))
+    lengths = [{"max_model_len": 8}, {"max_model_len": 9}]
+    assert len({key(base, None, context) for context in lengths}) == 1
+    assert len({key(base, SamplingParams(max_tokens=None), context) for context in lengths}) == 2
     others = [key({**base, "prompt": "b"}), key(base, SamplingParams(max_tokens=9)), key(base, None, {"model": "b"})]
     assert len({key(base), *others}) == 4
 
@@ -106,6 +127,52 @@ def test_bad_and_failing_rows_are_recorded_and_the_exit_code_says_so(tmp_path):
     assert len(_rows(tmp_path / "out")) == 4
 
 
+def test_failed_rows_are_tried_again_and_the_others_left_as_they_are(tmp_path):
+    rows = [{"id": "a", "prompt": "too long"}, {"id": "b", "promt": "x"}, {"id": "c", "prompt": "x"}, "oops\n"]
+    _run(config(_write(tmp_path / "in", rows), tmp_path / "out"))
+    kept = {row["id"]: row for row in _rows(tmp_path / "out")}
+    repaired = [{"id": "a", "prompt": "short"}, {"id": "b", "prompt": "x"}, *rows[2:]]
+    engine = FakeEngine()
+    code, _ = _run(config(_write(tmp_path / "in", repaired), tmp_path / "out"), engine)
+    found = _rows(tmp_path / "out")
+    assert code == 2
+    assert sorted(engine.asked) == ["a", "b"]
+    assert sorted(row["id"] for row in found) == ["a", "b", "c", "line:4"]
+    assert [row["id"] for row in found if row["finish_reason"] == "error"] == ["line:4"]
+    assert [row for row in found if row["id"] in ("c", "line:4")] == [
+        kept[row_id] for row_id in kept if row_id in ("c", "line:4")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_kill_while_rows_are_taken_out_loses_none(tmp_path, monkeypatch):
+    source = _write(tmp_path / "in", [{"id": "a", "prompt": "too long"}, {"id": "b", "prompt": "x"}])
+    _run(config(source, tmp_path / "out"))
+    before = (tmp_path / "out").read_bytes()
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _run(config(source, tmp_path / "out"))
+    assert (tmp_path / "out").read_bytes() == before
+    assert _run(config(source, tmp_path / "out"))[0] == 2
+    assert sorted((tmp_path / "out").read_bytes().splitlines()) == sorted(before.splitlines())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_rows_that_are_taken_out_leave_the_file_locked(tmp_path):
+    source = _write(tmp_path / "in", [{"id": "a", "prompt": "too long"}])
+    _run(config(source, tmp_path / "out"))
+    with OutputFile(tmp_path / "out") as output:
+        output.start(drop={"a"})
+        assert output.done == {}
+        with pytest.raises(JobError, match="another job is writing"):
+            OutputFile(tmp_path / "out")
+
+
 def test_on_error_fail_lists_all_bad_lines_and_runs_nothing(tmp_path):
     source = _write(tmp_path / "in", [{"id": "a", "prompt": "x"}, "oops\n", {"id": "a", "prompt": "x"}])
     with pytest.raises(JobError, match=r"2 bad rows(?s:.*)line 2: not a JSON(?s:.*)line 3: id 'a' is also on line 1"):
@@ -137,12 +204,32 @@ def test_an_output_of_another_job_is_refused_and_left_alone(tmp_path, change):
     assert len(_rows(tmp_path / "out")) == 1
 
 
-def test_a_file_that_is_no_output_is_refused_and_left_alone(tmp_path):
+@pytest.mark.parametrize("text", ["my notes\n", "my notes", '{"id": "a", "prompt": "x"}', '{"mine": 1}', "3"])
+def test_a_file_that_is_no_output_is_refused_and_left_alone(tmp_path, text):
     source = _write(tmp_path / "in", [{"id": "a", "prompt": "x"}])
-    (tmp_path / "out").write_text("my notes\n")
+    (tmp_path / "out").write_text(text)
     with pytest.raises(JobError, match="line 1 is not an output row"):
         _run(config(source, tmp_path / "out"))
-    assert (tmp_path / "out").read_text() == "my notes\n"
+    assert (tmp_path / "out").read_text() == text
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_input_is_not_taken_for_the_output(tmp_path, overwrite):
+    source = _write(tmp_path / "in", [{"id": "a", "prompt": "x"}])
+    before = source.read_bytes()
+    with pytest.raises(JobError, match="both input and output"):
+        _run(config(source, tmp_path / "in", overwrite=overwrite))
+    assert source.read_bytes() == before
+
+
+def test_a_device_is_no_output(tmp_path):
+    with pytest.raises(JobError, match="/dev/null is a device or a pipe"):
+        _run(config(_write(tmp_path / "in", [{"id": "a", "prompt": "x"}]), Path("/dev/null")))
+
+
+def test_a_log_that_is_no_terminal_gets_whole_lines(tmp_path):
+    _, log = _run(config(_write(tmp_path / "in", [{"id": n, "prompt": "a"} for n in range(3)]), tmp_path / "out"))
+    assert log == "3 of 3 sequences, 1 tokens/s, 0/1 KV pages\n"
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40, -1])
