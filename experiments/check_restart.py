@@ -2,7 +2,7 @@
 
     python -m experiments.check_restart --model=SmolLM2-135M-Instruct.Q4_1.gguf --input=examples/prompts.jsonl
 
-Exit code 0 if every id came out exactly once with the same bytes as in the undisturbed run.
+Exit code 0 if every id came out exactly once with the same bytes as in the undisturbed run, 1 if not.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", None, "As for hetero-jax generate.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "As for hetero-jax generate.", required=True)
-_KILLS = flags.DEFINE_integer("kills", 20, "How often to kill the job.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Tokens of a row.")
+_KILLS = flags.DEFINE_integer("kills", 20, "How often to kill the job.", lower_bound=0)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Tokens of a row.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments of the kills.")
+_FAILED = 1  # what hetero-jax generate exits with if the job, not only some rows, failed
 
 
 def main(argv: list[str]) -> int:
@@ -32,19 +34,22 @@ def main(argv: list[str]) -> int:
         # Restarts would otherwise compile the same programs again each time.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder) / "cache"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        undisturbed, disturbed = Path(folder) / "undisturbed.jsonl", Path(folder) / "disturbed.jsonl"
+        undisturbed = Path(folder) / "undisturbed.jsonl"
         start_s = time.monotonic()
-        _start(undisturbed).wait()
+        code = _start(undisturbed).wait()
         whole_s = time.monotonic() - start_s
-        killed = _kill_often(disturbed, whole_s)
-        code = _start(disturbed).wait()
-        expected, seen = (sorted(path.read_bytes().splitlines()) for path in (undisturbed, disturbed))
-    same = expected == seen and code == 0
+        if code == _FAILED:
+            print(f"the undisturbed run failed: hetero-jax generate --model={_MODEL.value} --input={_INPUT.value}")
+            return 1
+        expected = _rows(undisturbed)
+        print(f"undisturbed run: {expected.total()} rows in {whole_s:.0f} s, exit code {code}", flush=True)
+        kills, problems = _kill_often(Path(folder), expected, code, whole_s)
+    after_a_row = sum(rows > 0 for rows in kills)
     print(
-        f"undisturbed run: {len(expected)} rows in {whole_s:.0f} s; killed {killed} times; then {len(seen)} rows, "
-        f"{len(set(seen) & set(expected))} with the same bytes, last exit code {code}: {'OK' if same else 'DIFFERENT'}"
+        f"killed {len(kills)} times, {after_a_row} of them with rows written ({', '.join(map(str, kills))}): "
+        f"{'; '.join(problems) or 'every row once, with the same bytes'}: {'DIFFERENT' if problems else 'OK'}"
     )
-    return 0 if same and killed == _KILLS.value else 1
+    return 1 if problems else 0
 
 
 def _start(output: Path) -> subprocess.Popen:
@@ -54,23 +59,56 @@ def _start(output: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
-def _kill_often(output: Path, whole_s: float) -> int:
-    """Kill at a random moment of a run's length, or when a random number of further bytes is written, in turn."""
-    chance, killed = random.Random(_SEED.value), 0
-    while killed < _KILLS.value:
-        job, size = _start(output), output.stat().st_size if output.exists() else 0
-        deadline_s = time.monotonic() + chance.uniform(0, whole_s / 2)
-        goal = size + chance.randrange(1, 1500) if killed % 2 else None
-        while job.poll() is None:
-            written = output.exists() and goal is not None and output.stat().st_size >= goal
-            if written or (goal is None and time.monotonic() >= deadline_s):
-                job.send_signal(signal.SIGKILL)
-                killed += 1
-                break
-            time.sleep(0.002)
-        if job.wait() == 0:  # it came to its end first: begin a new file
-            output.unlink()
-    return killed
+def _rows(output: Path) -> Counter[bytes]:
+    return Counter(output.read_bytes().splitlines(keepends=True))
+
+
+def _kill_often(folder: Path, expected: Counter[bytes], code: int, whole_s: float) -> tuple[list[int], list[str]]:
+    """Kill --kills times, going on with the same file; one that is complete is compared, and the next one begun.
+
+    Returns:
+      Rows in the file at each kill, and what was wrong with complete files.
+    """
+    chance, kills, problems, files = random.Random(_SEED.value), [], [], 0
+    while not problems:
+        output = folder / f"disturbed-{files}.jsonl"
+        if len(kills) < _KILLS.value and _kill(output, chance, whole_s, by_rows=len(kills) % 2 == 1):
+            kills.append(_rows(output).total() if output.exists() else 0)
+            continue
+        problems = _compare(output, expected, code)
+        files += 1
+        if len(kills) == _KILLS.value:
+            break
+    return kills, problems
+
+
+def _kill(output: Path, chance: random.Random, whole_s: float, *, by_rows: bool) -> bool:
+    """Run the job and kill it at a random moment, or once a random number of further bytes is written.
+
+    Returns:
+      False if it came to its end first.
+    """
+    size = output.stat().st_size if output.exists() else 0
+    deadline_s = time.monotonic() + chance.uniform(0, whole_s / 2)
+    goal = size + chance.randrange(1, 1500)
+    job = _start(output)
+    while job.poll() is None:
+        written = output.stat().st_size if output.exists() else 0
+        if written >= goal if by_rows else time.monotonic() >= deadline_s:
+            job.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    return job.wait() == -signal.SIGKILL
+
+
+def _compare(output: Path, expected: Counter[bytes], code: int) -> list[str]:
+    """What is wrong with the file, once the job, run again, finds nothing left to kill."""
+    last = _start(output).wait()
+    if last != code:
+        return [f"exit code {last} instead of {code}"]
+    seen = _rows(output)
+    missing, surplus = (expected - seen).total(), (seen - expected).total()
+    return [f"{missing} rows missing, {surplus} other or surplus rows"] if missing or surplus else []
 
 
 if __name__ == "__main__":
