@@ -1,8 +1,9 @@
-"""A job with a fake engine: the text is a function of the request's id. `python fake_job.py INPUT OUTPUT` runs it."""
+"""A job with a fake engine: the text is a function of the request's id."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 import time
 from pathlib import Path
@@ -43,5 +44,6 @@ def config(source: Path, target: Path, **more) -> JobConfig:
     return JobConfig(input=source, output=target, **values)
 
 
-if __name__ == "__main__":
-    sys.exit(run_job(config(Path(sys.argv[1]), Path(sys.argv[2])), lambda: FakeEngine(0.004)))
+def run_slowly(source: Path, target: Path) -> None:
+    """The whole of a process that runs the job, slowly enough to be killed in the middle; exits with its code."""
+    sys.exit(run_job(config(source, target), lambda: FakeEngine(0.004), log=io.StringIO()))
