@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 from hetero_jax.rows_file import read_rows
 from hetero_jax.sampling_params import SamplingParams
 
-NAMES = ("id", "prompt", "messages", "prompt_token_ids", "sampling_params", "other")
+IDS = st.sampled_from(["a", "1", 1, "line:1", "line:2", None, ""])  # few, so that they meet
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.sampled_from(["", "a", "line:1", "line:2"]),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["role", "top_p", "n"]), inner),
     max_leaves=4,
 )
-LINES = st.dictionaries(st.sampled_from(NAMES), VALUES).map(lambda row: json.dumps(row).encode()) | st.binary(
-    max_size=12
-).filter(lambda line: b"\n" not in line)
+FIELDS = dict.fromkeys(("messages", "prompt_token_ids", "sampling_params", "other"), VALUES)
+ROWS = st.fixed_dictionaries({"id": IDS}, optional={"prompt": st.just("a"), **FIELDS})
+JUNK = st.binary(max_size=12).filter(lambda line: b"\n" not in line)
+LINES = ROWS.map(lambda row: json.dumps(row).encode()) | JUNK
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -31,6 +32,14 @@ def test_every_line_is_reported_once_under_an_id_of_its_own(tmp_path_factory, li
     assert len(ids) == sum(bool(line.strip()) for line in lines)
     assert len(set(ids)) == len(ids)
     assert all(row.error and lines[row.line - 1].strip() for row in bad)
+
+
+def test_a_second_row_of_an_id_is_reported_under_its_line(tmp_path):
+    lines = ('{"id": 7, "prompt": "a"}', '{"id": "7", "prompt": "b"}', '{"id": "b"}', '{"id": "b", "prompt": "c"}')
+    (tmp_path / "in").write_text("\n".join(lines))
+    rows, bad = read_rows(tmp_path / "in", SamplingParams(), {})
+    assert [row.id for row in rows] == [7]
+    assert [(row.line, row.id) for row in bad] == [(2, "line:2"), (3, "b"), (4, "line:4")]
 
 
 ROW = {"id": "1", "prompt": "a", "sampling_params": {"temperature": 0, "logit_bias": {"2": 1, "1": 1}}}
