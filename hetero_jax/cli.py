@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ An input row is {"id", "prompt" | "messages" | "prompt_token_ids", "sampling_par
 
 `hetero-jax COMMAND --help` lists the flags of a command."""
 
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?) ?(?:([KMGT])i?)?B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -186,13 +188,10 @@ def parse_bytes(text: str) -> int:
     Raises:
       ConfigError: not a size.
     """
-    number, unit = text.strip().rstrip("BbIi"), ""
-    if number[-1:].upper() in _UNITS and number[-1:]:
-        number, unit = number[:-1], number[-1].upper()
-    try:
-        size = int(float(number) * _UNITS[unit])
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(f"kv_cache_bytes={text!r}; allowed: a number with K, M, G or T, such as 2G") from error
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(f"kv_cache_bytes={text!r}; allowed: a number with K, M, G or T, such as 2G")
+    size = int(float(found[1]) * _UNITS[(found[2] or "").upper()])
     if size < 1:
         raise ConfigError(f"kv_cache_bytes={text!r}; allowed: more than 0")
     return size

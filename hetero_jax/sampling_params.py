@@ -23,12 +23,12 @@ class SamplingParams:
     top_k: keep the k most likely tokens; 0 or -1 keeps all.
     top_p: keep the most likely tokens whose probabilities reach p.
     min_p: keep tokens at least this likely relative to the most likely one.
-    seed: of this request; None takes the engine's.
+    seed: of this request; None (or -1) takes the engine's.
     stop: strings that end the text, which is cut before them.
     stop_token_ids: tokens that end the sequence, besides the model's end-of-sequence tokens.
     ignore_eos: go on after an end-of-sequence token.
     max_tokens: most tokens to generate; None: up to the model's length.
-    min_tokens: end-of-sequence and stop tokens cannot be drawn before this many.
+    min_tokens: the first so many tokens are no end-of-sequence or stop tokens, and complete no stop string.
     logprobs: return the log probabilities of this many most likely tokens, and of the drawn one.
     repetition_penalty: divides (multiplies, if negative) the logits of tokens in prompt or output.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output, once or per occurrence.
@@ -61,6 +61,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
         object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        object.__setattr__(self, "seed", None if self.seed == -1 else self.seed)
         self._check_integers()
         self._check_numbers()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -94,8 +95,6 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        for token, value in self.logit_bias.items():
-            _number(f"logit_bias[{token}]", value, -100, 100)
         for name in _FLOATS:
             object.__setattr__(self, name, float(getattr(self, name)))  # 0 and 0.0 are one value, also as JSON text
 
@@ -134,9 +133,13 @@ def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
 
 def _bias(values: Any) -> dict[int, float]:
     try:
-        return {int(token): float(bias) for token, bias in dict(values or {}).items()}
+        # JSON's keys are strings; by way of a string, 7.9 is not taken for 7.
+        biases = {int(str(token)): bias for token, bias in dict(values or {}).items()}
     except (TypeError, ValueError) as error:
         raise SamplingParamsError(f"logit_bias={values!r}; allowed: a map from token id to number") from error
+    for token, bias in biases.items():
+        _number(f"logit_bias[{token}]", bias, -100, 100)
+    return {token: float(bias) for token, bias in biases.items()}
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:

@@ -40,7 +40,8 @@ class TextStream:
         """Add a generated token; True if the sample has ended."""
         self._tokens.append(token)
         count = len(self._tokens)
-        may_stop, is_last = count >= self._params.min_tokens, count == self._params.max_tokens
+        # As vLLM: end tokens cannot be drawn before, and stop strings are not looked for in, the first min_tokens.
+        may_stop, is_last = count > self._params.min_tokens, count == self._params.max_tokens
         is_end = may_stop and (token in self._eos or token in self._params.stop_token_ids)
         if is_end:
             self._tokens.pop()  # the token that ends it is not text

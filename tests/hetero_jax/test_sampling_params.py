@@ -23,7 +23,7 @@ from hetero_jax.sampling_params import SamplingParams
         ({"top_p": 0}, "top_p=0; allowed: more than 0 to 1"),
         ({"top_p": 1.01}, "top_p=1.01"),
         ({"min_p": 2}, "min_p=2; allowed: from 0 to 1"),
-        ({"seed": -1}, "seed=-1"),
+        ({"seed": -2}, "seed=-2; allowed: an integer from 0"),
         ({"max_tokens": 0}, "max_tokens=0; allowed: an integer from 1"),
         ({"max_tokens": True}, "max_tokens=True"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9; allowed: at most max_tokens=8"),
@@ -36,6 +36,8 @@ from hetero_jax.sampling_params import SamplingParams
         ({"stop_token_ids": ["a"]}, "stop_token_ids"),
         ({"stop_token_ids": [-1]}, "token id=-1"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {7.9: 1}}, "logit_bias={7.9: 1}; allowed: a map from token id"),
+        ({"logit_bias": {"1": "2"}}, r"logit_bias\[1\]='2'"),
         ({"logit_bias": {1: 1000}}, r"logit_bias\[1\]=1000"),
         ({"ignore_eos": 1}, "ignore_eos=1; allowed: true or false"),
         ({"beam_width": 2}, "unknown sampling parameter 'beam_width'; allowed: n, temperature"),
@@ -55,6 +57,15 @@ def test_a_row_is_laid_over_the_defaults():
 def test_a_single_stop_string_and_json_keys_are_taken_as_vllm_takes_them():
     params = SamplingParams.from_dict({"stop": "END", "logit_bias": {"7": 1}, "top_k": -1, "stop_token_ids": [2]})
     assert (params.stop, dict(params.logit_bias), params.stop_token_ids) == (("END",), {7: 1.0}, (2,))
+
+
+def test_seed_of_minus_one_is_none_as_in_vllm():
+    assert SamplingParams(seed=-1) == SamplingParams(seed=None)
+
+
+@pytest.mark.parametrize(("whole", "real"), [({"temperature": 2}, {"temperature": 2.0}), ({"stop": None}, {})])
+def test_equal_parameters_have_equal_json_text(whole, real):
+    assert json.dumps(SamplingParams(**whole).to_dict()) == json.dumps(SamplingParams(**real).to_dict())
 
 
 def test_dict_holds_what_differs_from_the_defaults_and_gives_the_same_parameters_back():

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
 
 from hetero_jax.errors import RequestError
 from hetero_jax.sampling_params import SamplingParams
 from hetero_jax.text import TextStream
+from model_files import byte_tokenizer
 
 
 class ByteTokenizer:
@@ -54,6 +56,45 @@ def test_bytes_that_are_no_text_give_what_all_at_once_would(tokens):
     stream = _stream(max_tokens=len(tokens), ignore_eos=True)
     _push(stream, tokens)
     assert stream.text == ByteTokenizer().decode(tokens)
+
+
+class Bpe:
+    """Byte-level BPE whose tokens begin and end inside characters."""
+
+    def __init__(self) -> None:
+        alphabet = byte_tokenizer()["tokenizer.ggml.tokens"][:256]  # token n stands for byte n
+        merges = [(alphabet[a], alphabet[b]) for a, b in (b"th", b"\xc3\xa9", b"\xa9t", b"\xf0\x9f", b"\x98a", b" t")]
+        tokens = [*alphabet, *(a + b for a, b in merges)]
+        self.backend = Tokenizer(BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=merges))
+        self.backend.pre_tokenizer = ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+        self.backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def decode(self, ids, *, skip_special_tokens=True):
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+BPE_TOKENIZER = Bpe()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.text(alphabet="thé😀€ \n", min_size=1, max_size=40).map(lambda text: BPE_TOKENIZER.backend.encode(text).ids)
+    | st.lists(st.sampled_from([*b"the \xc3\xa9\xf0\x9f\x98\x80", *range(256, 262)]), min_size=1, max_size=40)
+)
+def test_text_of_bpe_tokens_is_that_of_all_at_once(tokens):
+    stream = TextStream(BPE_TOKENIZER, SamplingParams(max_tokens=len(tokens)), ())
+    assert _push(stream, tokens) == len(tokens)
+    assert stream.text == BPE_TOKENIZER.decode(tokens)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.text(alphabet="thé😀€ ", min_size=2, max_size=30), st.data())
+def test_a_stop_string_over_bpe_tokens_cuts_the_text_before_it(text, data):
+    start = data.draw(st.integers(0, len(text) - 1))
+    stop = text[start : start + data.draw(st.integers(1, 4))]
+    stream = TextStream(BPE_TOKENIZER, SamplingParams(max_tokens=1000, stop=stop), ())
+    _push(stream, BPE_TOKENIZER.backend.encode(text).ids)
+    assert (stream.text, stream.stop_reason) == (text[: text.index(stop)], stop)
 
 
 class CountingTokenizer(ByteTokenizer):
@@ -140,12 +181,19 @@ def test_stop_token_is_the_stop_reason():
     assert (stream.text, stream.finish_reason, stream.stop_reason) == ("a", "stop", ord("b"))
 
 
-def test_nothing_but_length_ends_a_sample_before_min_tokens():
+def test_nothing_but_length_ends_a_sample_within_min_tokens():
     stream = _stream(min_tokens=3, stop=("a",))
-    assert _push(stream, b"ab") == 2
+    assert _push(stream, b"aaa") == 3
     assert stream.finish_reason is None
     assert stream.push(ord("a"))
-    assert stream.stop_reason == "a"
+    assert (stream.text, stream.stop_reason) == ("aaa", "a")
+    assert _push(_stream(min_tokens=3, max_tokens=3, stop=("a",)), b"aaa") == 3
+
+
+def test_a_stop_string_may_begin_within_min_tokens():
+    stream = _stream(min_tokens=3, stop=("abcd",))
+    assert _push(stream, b"xabcde") == 5
+    assert (stream.text, stream.stop_reason) == ("x", "abcd")
 
 
 def test_without_a_tokenizer_there_is_no_text_and_no_stop_string():
