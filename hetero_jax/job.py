@@ -49,7 +49,8 @@ class Generator(Protocol):
 class JobConfig:
     """A job's files and rules.
 
-    on_error: "record" writes a bad row as an output row with `error`; "fail" ends the job before weights are loaded.
+    on_error: "record" writes a bad row as an output row with `error`; "fail" ends the job before any row runs:
+      before the weights are loaded or, where only the engine can tell (a prompt too long), right after.
     context: what outputs depend on besides rows and parameters: model fingerprint, seed, dtypes.
     """
 
@@ -69,6 +70,7 @@ def run_job(config: JobConfig, make_engine: Callable[[], Generator], *, log: Any
       log: text stream of messages and progress; None: standard error.
     Raises:
       JobError: bad rows with on_error="fail", or an output file that cannot be gone on with.
+      RequestError: a row that the engine refuses, with on_error="fail".
     """
     log = log or sys.stderr
     rows, bad = read_rows(config.input, config.defaults, config.context)
@@ -87,7 +89,7 @@ def run_job(config: JobConfig, make_engine: Callable[[], Generator], *, log: Any
             print(f"{len(rows) - len(todo)} of {len(rows)} rows are done already", file=log)
         failed = len(bad)
         if todo:
-            failed += _generate(todo, make_engine(), output, total=len(rows), log=log)
+            failed += _generate(todo, make_engine(), output, on_error=config.on_error, total=len(rows), log=log)
     return EXIT_SOME_ROWS_FAILED if failed else EXIT_CLEAN
 
 
@@ -121,12 +123,20 @@ def _error_row(row: BadRow) -> dict[str, Any]:
     return {"id": row.id, **empty, "usage": usage, "error": row.error, "key": row.key}
 
 
-def _generate(todo: Sequence[InputRow], engine: Generator, output: OutputFile, *, total: int, log: Any) -> int:
+def _generate(
+    todo: Sequence[InputRow],
+    engine: Generator,
+    output: OutputFile,
+    *,
+    on_error: Literal["fail", "record"],
+    total: int,
+    log: Any,
+) -> int:
     """Run the rows and write them; returns how many failed."""
     by_id = {row.request.id: row for row in todo}
     failed = 0
     with _Progress(total, total - len(todo), log) as progress:
-        for completion in engine.generate([row.request for row in todo], on_error="record"):
+        for completion in engine.generate([row.request for row in todo], on_error=on_error):
             row = by_id[completion.id]
             output.append({**completion.to_row(), "id": row.id, "key": row.key})
             failed += completion.error is not None

@@ -109,6 +109,17 @@ def test_a_full_disk_is_one_message_and_the_job_goes_on_later(capsys, tmp_path, 
     assert sorted(_tokens(tmp_path / "out")) == [0, 1, 2, 3, 4]
 
 
+def test_on_error_fail_ends_the_job_at_a_prompt_that_is_too_long(capsys, tmp_path, prompts):
+    with prompts.open("a") as file:
+        file.write(json.dumps({"id": "long", "prompt_token_ids": [1] * 100}) + "\n")
+    args = ("generate", "--model=random:tiny", f"--input={prompts}", f"--output={tmp_path / 'out'}", *SMALL)
+    code, _, err = _cli(capsys, *args, "--on_error=fail")
+    assert code == 1
+    assert "request 'long'" in err
+    assert (tmp_path / "out").read_bytes() == b""
+    assert _cli(capsys, *args)[0] == 2
+
+
 def test_converted_checkpoint_gives_the_same_tokens(capsys, tmp_path, prompts):
     folder = tmp_path / "checkpoint"
     assert _cli(capsys, "convert", "--model=random:tiny", f"--output={folder}")[0] == 0

@@ -16,7 +16,7 @@ import pytest
 import fake_job
 from fake_job import FakeEngine, config
 from hetero_jax import rows_file
-from hetero_jax.errors import JobError
+from hetero_jax.errors import JobError, RequestError
 from hetero_jax.job import run_job
 from hetero_jax.output_file import OutputFile
 from hetero_jax.rows_file import read_rows
@@ -177,6 +177,14 @@ def test_on_error_fail_lists_all_bad_lines_and_runs_nothing(tmp_path):
     with pytest.raises(JobError, match=r"2 bad rows(?s:.*)line 2: not a JSON(?s:.*)line 3: id 'a' is also on line 1"):
         _run(config(source, tmp_path / "out", on_error="fail"))
     assert not (tmp_path / "out").exists()
+
+
+def test_on_error_fail_holds_for_rows_that_only_the_engine_refuses(tmp_path):
+    source = _write(tmp_path / "in", [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "too long"}])
+    with pytest.raises(RequestError, match="too long"):
+        _run(config(source, tmp_path / "out", on_error="fail"))
+    assert _rows(tmp_path / "out") == []
+    assert _run(config(source, tmp_path / "out"))[0] == 2
 
 
 def test_a_rerun_does_only_what_is_missing(tmp_path):

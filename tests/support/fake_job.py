@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from hetero_jax.errors import RequestError
 from hetero_jax.job import JobConfig, run_job
 from hetero_jax.outputs import Completion, Sample
 from hetero_jax.sampling_params import SamplingParams
@@ -23,8 +24,9 @@ class FakeEngine:
         self.stats = SimpleNamespace(tokens_per_s=1.0, pages_used=0, pages_total=1)
 
     def generate(self, prompts, sampling_params=None, *, on_error="fail"):
-        assert on_error == "record"
         self.asked += [request.id for request in prompts]
+        if on_error == "fail" and any(request.prompt == "too long" for request in prompts):
+            raise RequestError("too long")
         for request in sorted(prompts, key=lambda request: hashlib.sha256(request.id.encode()).digest()):
             time.sleep(self.pause_s)
             yield self._completion(request)
