@@ -129,7 +129,7 @@ def run_transformers(point: Point) -> Times:
 
 
 def run_llama_cpp(point: Point) -> Times:
-    """llama.cpp: batched decode of all sequences through the C API, weights as F32 or BF16 GGUF."""
+    """llama.cpp: batched decode through the C API, weights as F32 or BF16 GGUF, KV cache in its default type, f16."""
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
@@ -162,7 +162,6 @@ def _llama_params(llama_cpp: Any, point: Point) -> Any:
     params.n_batch = params.n_ubatch = _ROWS
     params.n_seq_max = point.sequences
     params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
-    params.type_k = params.type_v = _ggml_type(point.dtype).value
     return params
 
 

@@ -152,14 +152,17 @@ class Engine:
 
     def _generate(self, requests: Iterable[Request], defaults: SamplingParams, on_error: str) -> Iterator[Completion]:
         admitted, refused = self._admit_all(requests, defaults, on_error)
+        in_flight: dict[int, Walk] = {}
         try:
             yield from refused
-            yield from self._drive()
+            yield from self._drive(in_flight)
         finally:
-            # A caller may stop early: nothing of this call stays behind.
+            # A caller may stop early: nothing of this call stays behind, no sequence and no microbatch.
             for seq_id in admitted:
                 if self._sequences.pop(seq_id, None) is not None:
                     self._scheduler.abort(seq_id)
+            for batch_id in in_flight:
+                self._scheduler.complete(batch_id, {})
 
     def _admit_all(
         self, requests: Iterable[Request], defaults: SamplingParams, on_error: str
@@ -225,9 +228,8 @@ class Engine:
             ids.append(seq_id)
         return ids
 
-    def _drive(self) -> Iterator[Completion]:
+    def _drive(self, in_flight: dict[int, Walk]) -> Iterator[Completion]:
         """Keep microbatches in flight, one step each in turn, so that one is on tier 1 while another is on tier 2."""
-        in_flight: dict[int, Walk] = {}
         while self._scheduler.has_unfinished or in_flight:
             start_s = time.perf_counter()
             while (batch := self._scheduler.schedule()) is not None:

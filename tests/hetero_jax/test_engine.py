@@ -134,6 +134,19 @@ def test_no_logprobs_but_the_drawn_one(engine):
     assert [list(step) for step in completion.logprobs] == [[token] for token in completion.token_ids]
 
 
+def test_stopping_while_another_microbatch_is_in_flight_gives_its_pages_and_its_place_back():
+    engine = _engine(num_microbatches=2, max_num_batched_tokens=16)
+    prompts = [[1] * length for length in (3, 12, 21, 30, 39)]
+    params = hj.SamplingParams(max_tokens=8, temperature=0)
+    expected = {c.id: c.token_ids for c in engine.generate(prompts, params)}
+    for _ in range(3):  # more often than there are places
+        stream = engine.generate(prompts, params)
+        next(stream)
+        stream.close()
+        assert engine.stats.pages_used == 0
+    assert {c.id: c.token_ids for c in engine.generate(prompts, params)} == expected
+
+
 def test_stop_token_ids_end_a_sequence(engine):
     (free,) = engine.generate([[5, 6]], hj.SamplingParams(max_tokens=8, temperature=0))
     stop = free.token_ids[3]
