@@ -49,14 +49,14 @@ class _CompileLog:
 
 
 def run_hetero_jax(point: Point) -> Figures:
-    """Throughput, then, in a second engine that waits after every call, the parts of a decode step."""
+    """Throughput, then, in a profiled run that waits after every call, the parts of a decode step."""
     compiled = _CompileLog()
-    engine = _engine(point, profile=False)
+    engine = _engine(point)
     prefill_per_s = _prefill(engine, point, compiled)
     first, last = _decode(engine, point, compiled)
     peak, compile_s = peak_bytes(), compiled.total_s()
-    del engine  # two key-value pools at once might not fit
-    split = _split(*_decode(_engine(point, profile=True), point, compiled), point)
+    engine.profile = True
+    split = _split(*_decode(engine, point, compiled), point)
     tokens = last.stats.tokens_generated - first.stats.tokens_generated
     return Figures(
         prefill_per_s=prefill_per_s,
@@ -86,7 +86,7 @@ def head_starts(point: Point) -> np.ndarray:
     return np.rint(steps - cached_at).astype(np.int64).clip(0, point.context - 1)
 
 
-def _engine(point: Point, *, profile: bool) -> hj.Engine:
+def _engine(point: Point) -> hj.Engine:
     model = hj.load(point.model, dtype=point.dtype)
     longest = point.context + point.new_tokens + _SETTLE_STEPS + 1
     per_token = model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim * 2
@@ -99,7 +99,6 @@ def _engine(point: Point, *, profile: bool) -> hj.Engine:
         max_num_seqs=point.sequences,
         num_microbatches=point.num_microbatches,
         max_model_len=max(longest, 64),
-        profile=profile,
     )
     return hj.Engine(model, config)
 
