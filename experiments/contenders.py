@@ -1,14 +1,12 @@
 """The same generation work by hetero_jax, llama.cpp and transformers: prefill all sequences, then decode them together.
 
-Each function returns seconds of prefill and of `new_tokens` decode steps after a warm-up of the same shapes. Prompts
-are the same random token ids for all; every sequence has the same context, decoding is greedy and never stops early.
+Prompts are the same random token ids for all; every sequence has the same context, decoding is greedy and never stops
+early. Each function runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,156 +15,105 @@ from typing import Any
 
 import numpy as np
 
-_ROWS = 512  # tokens of a prefill batch, ours and llama.cpp's
+from experiments.bench_point import Figures, Point, num_cores, peak_bytes, prompts
+
+_WARM_UP_SEQUENCES = 4  # nothing compiles here: threads and buffers are woken
+_LLAMA_BATCH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """One measurement: `sequences` prompts of `context` tokens, `new_tokens` each, weights and KV cache in `dtype`."""
+class Contender:
+    """Who runs: the module that must be importable, the distribution whose version counts, and the measurement."""
 
-    model: str
-    sequences: int
-    context: int
-    new_tokens: int
-    dtype: str
-    num_microbatches: int = 1
+    module: str
+    distribution: str
+    run: Callable[[Point], Figures]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Times:
-    """Seconds of prefill (with the first token) and of the decode steps; `split` of the decode time, if known."""
+def run_hetero_jax(point: Point) -> Figures:
+    """Our engine."""
+    from experiments.bench_engine import run_hetero_jax as run  # the other contenders' Python may have no JAX
 
-    prefill_s: float
-    decode_s: float
-    split: dict[str, float] | None = None
+    return run(point)
 
 
-def prompts(point: Point, more: int = 0) -> np.ndarray:
-    """[sequences + more, context] int64 token ids."""
-    return np.random.default_rng(0).integers(10, 250, (point.sequences + more, point.context))  # in every vocabulary
-
-
-def run_hetero_jax(point: Point) -> Times:
-    """Our engine: a warm-up, a run for the throughput, and a profiled run for the split of the decode time."""
-    import hetero_jax as hj
-
-    model = hj.load(point.model, dtype=point.dtype)
-    # Early sequences decode beside the prefill of late ones; none may end before the timed steps do.
-    slack = 2 * point.sequences * point.context // _ROWS + 32
-    length = point.context + point.new_tokens + slack
-    layout = model.config
-    per_token = layout.num_hidden_layers * layout.num_key_value_heads * layout.head_dim * 2
-    config = hj.EngineConfig(
-        kv_cache_bytes=(point.sequences + 1) * (length + 32) * per_token * (4 if point.dtype == "float32" else 2),
-        num_microbatches=point.num_microbatches,
-        max_num_batched_tokens=_ROWS,
-        max_num_seqs=point.sequences + 1,
-        max_model_len=length,
+def _figures(point: Point, prefill_s: float, decode_s: float) -> Figures:
+    return Figures(
+        prefill_per_s=point.sequences * point.context / prefill_s,
+        decode_per_s=point.sequences * point.new_tokens / decode_s,
+        decode_context=point.context + 1,  # one decode step settles untimed
+        peak_bytes=peak_bytes(),
     )
-    engine = hj.Engine(model, config)
-    _run_engine(engine, point, slack)
-    timed = _run_engine(engine, point, slack)
-    engine.profile = True
-    split = _run_engine(engine, point, slack).split
-    return Times(prefill_s=timed.prefill_s, decode_s=timed.decode_s, split=split)
 
 
-def _run_engine(engine: Any, point: Point, slack: int) -> Times:
-    """Seconds until the last prompt has its first token, and of the `new_tokens` steps of all sequences after that.
-
-    One request more than there are sequences ends after its first token and so tells that all are prefilled; the one
-    before it ends `new_tokens` steps later, while all others go on.
-    """
-    import hetero_jax as hj
-
-    def request(index: int, count: int) -> hj.Request:
-        params = hj.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
-        return hj.Request(id=str(index), prompt_token_ids=tuple(map(int, ids[index])), sampling_params=params)
-
-    ids = prompts(point, more=1)
-    last = point.sequences
-    counts = {last: 1, last - 1: 1 + point.new_tokens}
-    requests = [request(index, counts.get(index, point.new_tokens + slack)) for index in range(len(ids))]
-    marks = [(time.perf_counter(), engine.stats)]
-    stream = engine.generate(requests)
-    for completion in stream:
-        assert completion.id in (str(last), str(last - 1)), f"sequence {completion.id} ended before the timed steps"
-        marks.append((time.perf_counter(), engine.stats))
-        if len(marks) == 3:
-            break
-    stream.close()
-    (start_s, _), (first_s, before), (end_s, after) = marks
-    names = ("dense_s", "attention_s", "sample_s", "host_s")
-    split = {name: getattr(after, name) - getattr(before, name) for name in names}
-    return Times(prefill_s=first_s - start_s, decode_s=end_s - first_s, split=split)
-
-
-def run_transformers(point: Point) -> Times:
+def run_transformers(point: Point) -> Figures:
     """Hugging Face transformers on torch CPU: one static batch with a DynamicCache."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(num_cores())
     path = Path(point.model)
     model = AutoModelForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, dtype=getattr(torch, point.dtype)
     ).eval()
     ids = torch.from_numpy(prompts(point))
 
-    def generate(steps: int) -> tuple[float, float]:
+    def generate(ids: torch.Tensor, steps: int) -> tuple[float, float]:
         start_s = time.perf_counter()
         out = model(ids, use_cache=True, logits_to_keep=1)
         prefill_s = time.perf_counter() - start_s
-        for _ in range(steps):
+        for step in range(steps + 1):
+            start_s = time.perf_counter() if step == 1 else start_s
             token = out.logits[:, -1].argmax(dim=-1, keepdim=True)
             out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        return prefill_s, time.perf_counter() - start_s - prefill_s
+        return prefill_s, time.perf_counter() - start_s
 
     with torch.inference_mode():
-        generate(1)
-        prefill_s, decode_s = generate(point.new_tokens)
-    return Times(prefill_s=prefill_s, decode_s=decode_s)
+        generate(ids[:_WARM_UP_SEQUENCES], 1)
+        return _figures(point, *generate(ids, point.new_tokens))
 
 
-def run_llama_cpp(point: Point) -> Times:
-    """llama.cpp: batched decode through the C API, weights as F32 or BF16 GGUF, KV cache in its default type, f16."""
+def run_llama_cpp(point: Point) -> Figures:
+    """llama.cpp: batched decode of all sequences through the C API.
+
+    `point.model` is what `dequantised_gguf` wrote. Its KV cache stays f16, its default, whatever
+    the weights: 64 sequences of 32 decode f32 weights at 668 tokens/s with it, at 372 with an f32 cache.
+    """
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.gguf"
-        dequantised_gguf(Path(point.model), path, point.dtype)
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-    context = llama_cpp.llama_init_from_model(model, _llama_params(llama_cpp, point))
-    ids = prompts(point)
+    model = llama_cpp.llama_model_load_from_file(point.model.encode(), llama_cpp.llama_model_default_params())
+    context = llama_cpp.llama_init_from_model(model, _llama_params(llama_cpp, point)) if model else None
+    if not context:
+        raise RuntimeError(f"llama.cpp does not load {point.model} for {point.sequences} sequences")
 
-    def generate(steps: int) -> tuple[float, float]:
+    def generate(ids: np.ndarray, steps: int) -> tuple[float, float]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         start_s = time.perf_counter()
         tokens = _llama_prefill(llama_cpp, context, ids)
         prefill_s = time.perf_counter() - start_s
-        for step in range(steps):
+        for step in range(steps + 1):
+            start_s = time.perf_counter() if step == 1 else start_s
             rows = [(seq, point.context + step, token) for seq, token in enumerate(tokens)]
             tokens = _llama_decode(llama_cpp, context, rows, last=set(range(len(rows))))
-        return prefill_s, time.perf_counter() - start_s - prefill_s
+        return prefill_s, time.perf_counter() - start_s
 
-    generate(1)
-    prefill_s, decode_s = generate(point.new_tokens)
-    return Times(prefill_s=prefill_s, decode_s=decode_s)
+    generate(prompts(point)[:_WARM_UP_SEQUENCES], 1)
+    return _figures(point, *generate(prompts(point), point.new_tokens))
 
 
 def _llama_params(llama_cpp: Any, point: Point) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = point.sequences * (point.context + point.new_tokens + 8)
-    params.n_batch = params.n_ubatch = _ROWS
+    params.n_batch = params.n_ubatch = _LLAMA_BATCH
     params.n_seq_max = point.sequences
-    params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
+    params.n_threads = params.n_threads_batch = num_cores()
     return params
 
 
 def _llama_prefill(llama_cpp: Any, context: Any, ids: np.ndarray) -> list[int]:
-    """Prompts packed into batches of at most _ROWS tokens; the greedy next token of each."""
+    """Prompts packed into batches of at most _LLAMA_BATCH tokens; the greedy next token of each."""
     found: list[int] = []
     batch: list[tuple[int, int, int]] = []
     last: set[int] = set()
@@ -175,7 +122,7 @@ def _llama_prefill(llama_cpp: Any, context: Any, ids: np.ndarray) -> list[int]:
             if position == len(row) - 1:
                 last.add(len(batch))
             batch.append((sequence, position, int(token)))
-            if len(batch) == _ROWS or (sequence == len(ids) - 1 and position == len(row) - 1):
+            if len(batch) == _LLAMA_BATCH or (sequence == len(ids) - 1 and position == len(row) - 1):
                 found += _llama_decode(llama_cpp, context, batch, last)
                 batch, last = [], set()
     return found
@@ -207,7 +154,7 @@ def dequantised_gguf(source: Path, target: Path, dtype: str) -> None:
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(target, architecture)
-    kind = _ggml_type(dtype)
+    kind = gguf.GGMLQuantizationType.F32 if dtype == "float32" else gguf.GGMLQuantizationType.BF16
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
             item = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
@@ -226,14 +173,8 @@ def dequantised_gguf(source: Path, target: Path, dtype: str) -> None:
     writer.close()
 
 
-def _ggml_type(dtype: str) -> Any:
-    import gguf
-
-    return gguf.GGMLQuantizationType.F32 if dtype == "float32" else gguf.GGMLQuantizationType.BF16
-
-
-CONTENDERS: dict[str, tuple[str, Callable[[Point], Times]]] = {
-    "hetero_jax": ("hetero_jax", run_hetero_jax),
-    "llama.cpp": ("llama_cpp", run_llama_cpp),
-    "transformers": ("transformers", run_transformers),
+CONTENDERS = {
+    "hetero_jax": Contender(module="hetero_jax", distribution="jax", run=run_hetero_jax),
+    "llama.cpp": Contender(module="llama_cpp", distribution="llama-cpp-python", run=run_llama_cpp),
+    "transformers": Contender(module="transformers", distribution="transformers", run=run_transformers),
 }
