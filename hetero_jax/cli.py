@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 import models
-from hetero_jax.config import EngineConfig
+from hetero_jax.config import KV_CACHE_DTYPES, EngineConfig
 from hetero_jax.engine import Engine
 from hetero_jax.errors import ConfigError, HeteroJaxError
 from hetero_jax.job import EXIT_CLEAN, EXIT_FAILED, JobConfig, run_job
@@ -88,7 +88,7 @@ def _engine_flags(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(name, default, text, flag_values=values)
 
     flags.DEFINE_string("kv_cache_bytes", "1G", "Memory of the KV pools: 2G, 512M ...", flag_values=values)
-    flags.DEFINE_enum("kv_cache_dtype", None, ["float32", "bfloat16"], "Default: the model's.", flag_values=values)
+    flags.DEFINE_enum("kv_cache_dtype", None, list(KV_CACHE_DTYPES), "Default: the model's.", flag_values=values)
     integer("page_size", 16, "Token positions in a KV page.")
     integer("max_num_batched_tokens", 512, "Rows of one microbatch, prefill and decode together.")
     integer("max_num_seqs", 256, "Running sequences.")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from hetero_jax.errors import ConfigError
 
-DTYPES = ("float32", "bfloat16")
+KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +15,9 @@ class EngineConfig:
     """Sizes and placement of an engine.
 
     kv_cache_bytes: memory of the paged key-value pools, over all sites.
-    kv_cache_dtype: element type of the pools; None: the model's.
-    page_size: token positions in a page; the native attention kernel takes multiples of 16.
+    kv_cache_dtype: element type of the pools, one of KV_CACHE_DTYPES; None: the model's. int8 has one f32 scale for
+      each token and head, and needs the native kernel.
+    page_size: token positions in a page; the native kernel rounds the memory of a page up to a multiple of 16.
     max_num_batched_tokens: rows of one microbatch, prefill chunks and decode rows together (the token budget).
     max_num_seqs: running sequences over all microbatches.
     num_microbatches: microbatches in flight; with 2 or more, one is on tier 1 while another is on tier 2.
@@ -45,7 +46,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("kv_cache_bytes", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
-        _check("kv_cache_dtype", self.kv_cache_dtype, self.kv_cache_dtype in (None, *DTYPES), f"one of {DTYPES}")
+        _check(
+            "kv_cache_dtype",
+            self.kv_cache_dtype,
+            self.kv_cache_dtype in (None, *KV_CACHE_DTYPES),
+            f"one of {KV_CACHE_DTYPES}",
+        )
         _check("max_model_len", self.max_model_len, (self.max_model_len or 16) >= 16, "at least 16")
         _check("tier1", self.tier1, self.tier1 in (None, "cpu", "gpu"), "cpu or gpu")
         _check("attention", self.attention, self.attention in ("tier1", "tier2"), "tier1 or tier2")

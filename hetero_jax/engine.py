@@ -76,11 +76,10 @@ class Engine:
         self.max_model_len = self.config.max_model_len or model.config.max_position_embeddings
         self.plan, params = _partition_module(model.module, self.max_model_len)
         dtype = jnp.dtype(self.config.kv_cache_dtype or jax.tree.leaves(params)[0].dtype)
-        self._num_pages = _num_pages(self.plan, self.config, dtype)
         self._dense = DenseTier(self.plan, params, device=placement.tier1)
         self._attention = AttentionTier(
             self.plan.specs,
-            num_pages=self._num_pages,
+            kv_cache_bytes=self.config.kv_cache_bytes,
             page_size=self.config.page_size,
             dtype=dtype,
             device=placement.tier2,
@@ -88,7 +87,7 @@ class Engine:
         _check_tier1_memory(self.config, self._dense, self._attention)
         self._scheduler = Scheduler(
             SchedulerConfig(
-                num_pages=self._num_pages,
+                num_pages=self._attention.num_pages,
                 page_size=self.config.page_size,
                 max_num_batched_tokens=self.config.max_num_batched_tokens,
                 max_num_seqs=self.config.max_num_seqs,
@@ -100,10 +99,10 @@ class Engine:
         self._tiers = Tiers(self.plan, self._dense, self._attention, self._timings)
         self._sequences: dict[int, SequenceState] = {}
         self._next_id = 0
-        self._stats = EngineStats(pages_total=self._num_pages)
+        self._stats = EngineStats(pages_total=self._attention.num_pages)
 
     def __repr__(self) -> str:
-        pages = f"{self._num_pages} KV pages of {self.config.page_size} tokens"
+        pages = f"{self._attention.num_pages} KV pages of {self.config.page_size} tokens"
         return (
             f"Engine({self.model.name}: {len(self.plan.stages)} dense stages on {self._dense.device}, "
             f"{len(self.plan.sites)} attention sites on {self._attention.device}, "
@@ -244,7 +243,7 @@ class Engine:
             batch,
             lambda seq_id, start, length: self._sequences[seq_id].known(start, length),
             page_size=self.config.page_size,
-            num_pages=self._num_pages,
+            num_pages=self._attention.num_pages,
         )
         return Walk(self._tiers, rows, [self._sequences[seq_id].row_sampling() for seq_id in rows.samplers])
 
@@ -283,16 +282,6 @@ def _partition_module(module: nnx.Module, max_rows: int) -> tuple[Plan, Any]:
         return nnx.merge(graph, params)(tokens, positions)
 
     return partition(forward, params, max_rows=max_rows), params
-
-
-def _num_pages(plan: Plan, config: EngineConfig, dtype: Any) -> int:
-    page_bytes = plan.kv_bytes_per_token(dtype.itemsize) * config.page_size
-    if config.kv_cache_bytes < page_bytes:
-        raise ConfigError(
-            f"kv_cache_bytes={config.kv_cache_bytes} holds no page: one page of {config.page_size} tokens takes "
-            f"{page_bytes} bytes over {len(plan.sites)} sites"
-        )
-    return config.kv_cache_bytes // page_bytes
 
 
 def _check_tier1_memory(config: EngineConfig, dense: DenseTier, attention: AttentionTier) -> None:

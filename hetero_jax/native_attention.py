@@ -1,14 +1,21 @@
-"""Paged attention by the native kernel: an XLA custom call on the CPU, in the speed class of its memory.
+"""Paged attention by the native kernel: an XLA custom call on the CPU, at the speed of its memory.
 
-The pool's layout makes both passes stream. Keys lie dimension-major within a page, so that a vector register holds one
-dimension of several keys and a score needs no sum across lanes; values lie token-major, so that a register holds
-several dimensions of one value; a page of one KV head is contiguous.
+The pool's layout lets both passes stream without a shuffle. A page is cut into blocks of 16 tokens and a block is made
+of words of up to 4 bytes: 1 element of float32 or float16, 2 of bfloat16, 4 of int8.
 
-    k: [num_pages, num_kv_heads, head_dim, page_size]
-    v: [num_pages, num_kv_heads, page_size, v_head_dim]
+    k: [num_kv_heads, num_pages, blocks, head_dim / word, 16, word]     a word: one token, `word` dimensions
+    v: [num_kv_heads, num_pages, blocks, 16 / word, v_head_dim, word]   a word: one dimension, `word` tokens
+    k_scale, v_scale: [num_kv_heads, num_pages * blocks * 16] float32 of an int8 pool, one per token and head
+
+So a vector register of keys holds the same dimensions of 16 tokens and a score needs no sum across lanes; one of
+values holds the same tokens in 16 dimensions; words are what dot-product instructions take, and the others split by
+shifts. One head's part of a page is contiguous, and so are those of neighbouring pages: a sequence whose pages were
+given out together is one stream per head. Pages of 16 n tokens waste nothing; other sizes are rounded up to a block,
+as head_dim is to a word and v_head_dim to 16.
 
 `paged_attention` has the meaning of `hetero_jax.attention.paged_attention`, which is its oracle. A row's bits depend on
-its own sequence alone: not on the other rows, the number of threads, or the page numbers.
+its own sequence alone: every 16 blocks give a max, a sum and weighted values, which are folded in order of position, so
+neither the other rows nor the threads nor the page numbers matter, and a prefilled row equals a decoded one.
 """
 
 from __future__ import annotations
@@ -17,52 +24,115 @@ import ctypes
 import dataclasses
 import functools
 import importlib.resources
+import math
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetero_jax.attention import AttentionLayout, KVPool
+from hetero_jax.attention import AttentionLayout
 from partition import AttentionSpec
 
+BLOCK = 16
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+
 _TARGET = "hetero_paged_attention"
-_PAGE_MULTIPLE = 16
-_DTYPES = ("float32", "bfloat16")
+_WORD = {"float32": 1, "float16": 1, "bfloat16": 2, "int8": 4}
+_ROW_DTYPES = ("float32", "bfloat16")
 
 
-def refusal(*, page_size: int, dtype: Any, device: Any) -> str | None:
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("k", "v", "k_scale", "v_scale"),
+    meta_fields=("page_size",),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NativePool:
+    """Keys and values of one site; shapes above. Scales of other dtypes than int8 are empty: [num_kv_heads, 0]."""
+
+    k: jax.Array
+    v: jax.Array
+    k_scale: jax.Array
+    v_scale: jax.Array
+    page_size: int
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return self.k.shape[1]
+
+
+def refusal(*, dtype: Any, device: Any) -> str | None:
     """Why the kernel cannot serve such a pool; None if it can."""
     if device.platform != "cpu":
         return f"the native kernel runs on the CPU, not on {device.platform}"
-    if page_size % _PAGE_MULTIPLE:
-        return f"page_size={page_size}; the native kernel takes multiples of {_PAGE_MULTIPLE}"
-    if jnp.dtype(dtype).name not in _DTYPES:
-        return f"kv_cache_dtype={jnp.dtype(dtype).name}; the native kernel takes {', '.join(_DTYPES)}"
-    return _load()
+    if jnp.dtype(dtype).name not in DTYPES:
+        return f"kv_cache_dtype={jnp.dtype(dtype).name}; the native kernel takes {', '.join(DTYPES)}"
+    library = _load()
+    return library if isinstance(library, str) else None
 
 
 @functools.cache
-def _load() -> str | None:
-    """Register the library's handler with XLA once; returns what is missing, if anything."""
-    path = importlib.resources.files("hetero_jax") / "libhetero_attention.so"
+def _load() -> ctypes.CDLL | str:
+    """The library, its handler registered with XLA once; or what is missing."""
+    built = importlib.resources.files("hetero_jax") / "libhetero_attention.so"
+    path = os.environ.get("HETERO_JAX_NATIVE_LIBRARY", built)  # another build of it: with sanitizers, say
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the native library was not built when the package was installed ({error})"
+    library.hetero_usable_isas.restype = ctypes.c_char_p
+    library.hetero_ask_for_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.hetero_paged_attention), platform="cpu")
-    return None
+    return library
 
 
-def make_pool(spec: AttentionSpec, *, num_pages: int, page_size: int, dtype: Any, device: Any) -> KVPool:
-    """A zeroed pool on `device`, in this module's layout."""
-    dtype = jnp.dtype(dtype)
+def load_library() -> ctypes.CDLL:
+    """The native library. Raises RuntimeError where it is not there; `refusal` tells beforehand."""
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
+
+
+def usable_isas() -> tuple[str, ...]:
+    """The kernels that this machine can run, best first. Raises RuntimeError where the library is not there."""
+    return tuple(load_library().hetero_usable_isas().decode().split())
+
+
+def make_pool(spec: AttentionSpec, *, num_pages: int, page_size: int, dtype: Any, device: Any) -> NativePool:
+    """A zeroed pool on `device`, in this module's layout. Large ones ask the OS for huge pages."""
+    shapes = _pool_shapes(spec, num_pages=num_pages, page_size=page_size, dtype=dtype)
     with jax.default_device(device):
-        return KVPool(
-            k=jnp.zeros((num_pages, spec.num_kv_heads, spec.head_dim, page_size), dtype),
-            v=jnp.zeros((num_pages, spec.num_kv_heads, page_size, spec.v_head_dim), dtype),
-            dtype=dtype.name,
-        )
+        arrays = {name: jnp.zeros(shape, kind) for name, (shape, kind) in shapes.items()}
+    library = _load()
+    if not isinstance(library, str):
+        for array in arrays.values():
+            library.hetero_ask_for_huge_pages(jax.block_until_ready(array).unsafe_buffer_pointer(), array.nbytes)
+    return NativePool(**arrays, page_size=page_size)
+
+
+def page_bytes(spec: AttentionSpec, *, page_size: int, dtype: Any) -> int:
+    """Bytes of one page of a pool, what the layout pads and an int8 pool's scales included."""
+    shapes = _pool_shapes(spec, num_pages=1, page_size=page_size, dtype=dtype)
+    return sum(math.prod(shape) * jnp.dtype(kind).itemsize for shape, kind in shapes.values())
+
+
+def _pool_shapes(
+    spec: AttentionSpec, *, num_pages: int, page_size: int, dtype: Any
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    dtype = jnp.dtype(dtype)
+    word, blocks = _WORD[dtype.name], -(-page_size // BLOCK)
+    pages = (spec.num_kv_heads, num_pages, blocks)
+    slots = num_pages * blocks * BLOCK if dtype.name == "int8" else 0
+    return {
+        "k": ((*pages, -(-spec.head_dim // word), BLOCK, word), dtype),
+        "v": ((*pages, BLOCK // word, -(-spec.v_head_dim // BLOCK) * BLOCK, word), dtype),
+        "k_scale": ((spec.num_kv_heads, slots), jnp.float32),
+        "v_scale": ((spec.num_kv_heads, slots), jnp.float32),
+    }
 
 
 def needed_layout(layout: AttentionLayout) -> AttentionLayout:
@@ -72,48 +142,137 @@ def needed_layout(layout: AttentionLayout) -> AttentionLayout:
 
 
 def paged_attention(
-    pool: KVPool, q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionLayout, site: AttentionSpec
-) -> tuple[KVPool, jax.Array]:
+    pool: NativePool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layout: AttentionLayout,
+    site: AttentionSpec,
+    *,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    isa: str = "",
+    threads: int = 0,
+) -> tuple[NativePool, jax.Array]:
     """Append this call's keys and values, then attend causally for every row; see the jax.numpy form.
 
+    Args:
+      pool: donate it, so that it is updated in place.
+      q, k, v, layout, site: as in the jax.numpy form; q may differ in dtype from k and v, and both from the pool.
+      alibi_slopes: [num_heads]; slope * (key position - row position) is added to a score. None: nothing is.
+      sinks: [num_heads] a score of each head that takes part in the sum and brings no value. None: none does.
+      isa: one of `usable_isas()`; "": $HETERO_JAX_ISA, and without that the best.
+      threads: at most so many; 0: as many as XLA has.
     Raises:
-      ValueError: shapes or dtypes that do not fit each other; from the custom call itself
-        (`jax.errors.JaxRuntimeError`), page tables or lengths that do not fit the pool.
+      ValueError: shapes or dtypes that do not fit each other; page tables or lengths that do not fit the pool, where
+        they are NumPy arrays (under jit, `check_layout` tells before, and the custom call as JaxRuntimeError).
       RuntimeError: the native library is not there; `refusal` tells beforehand.
     """
-    missing = _load()
-    if missing is not None:
-        raise RuntimeError(missing)
-    _check(pool, q, k, v, layout, site)
-    results = (
-        jax.ShapeDtypeStruct(pool.k.shape, pool.k.dtype),
-        jax.ShapeDtypeStruct(pool.v.shape, pool.v.dtype),
-        jax.ShapeDtypeStruct((q.shape[0], site.num_heads, site.v_head_dim), q.dtype),
+    new_pool, out, _ = paged_attention_with_lse(
+        pool, q, k, v, layout, site, alibi_slopes=alibi_slopes, sinks=sinks, isa=isa, threads=threads, with_lse=False
     )
-    call = jax.ffi.ffi_call(_TARGET, results, input_output_aliases={0: 0, 1: 1})
+    return new_pool, out
+
+
+def paged_attention_with_lse(
+    pool: NativePool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layout: AttentionLayout,
+    site: AttentionSpec,
+    *,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    isa: str = "",
+    threads: int = 0,
+    with_lse: bool = True,
+) -> tuple[NativePool, jax.Array, jax.Array]:
+    """`paged_attention` and [R, num_heads] float32 log-sum-exp of each row's scores, -inf for rows of no sequence.
+
+    Attention over parts of a context merges exactly: out = sum_i exp(lse_i - lse) out_i, lse = logsumexp_i lse_i.
+    """
+    load_library()
+    _check_shapes(pool, q, k, v, layout, site)
+    if all(isinstance(table, np.ndarray) for table in jax.tree.leaves(layout)):
+        check_layout(layout, num_rows=q.shape[0], num_pages=pool.num_pages, page_size=pool.page_size)
+    held = (pool.k, pool.v, pool.k_scale, pool.v_scale)
+    results = (
+        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in held),
+        jax.ShapeDtypeStruct((q.shape[0], site.num_heads, site.v_head_dim), q.dtype),
+        jax.ShapeDtypeStruct((q.shape[0], site.num_heads) if with_lse else (0,), jnp.float32),
+    )
+    call = jax.ffi.ffi_call(_TARGET, results, input_output_aliases={i: i for i in range(len(held))})
     tables = (layout.page_table, layout.first_row, layout.num_rows, layout.context, layout.row_slot)
-    scalars = {"scale": np.float32(site.scale), "softcap": np.float32(site.softcap or 0.0)}
-    keys, values, out = call(pool.k, pool.v, q, k, v, *tables, **scalars, window=np.int64(site.window or 0))
-    return dataclasses.replace(pool, k=keys, v=values), out
+    extras = (_per_head("alibi_slopes", alibi_slopes, site), _per_head("sinks", sinks, site))
+    *held, out, lse = call(
+        *held,
+        *(q, k, v),
+        *tables,
+        *extras,
+        scale=np.float32(site.scale),
+        softcap=np.float32(site.softcap or 0.0),
+        window=np.int64(site.window or 0),
+        page_size=np.int64(pool.page_size),
+        threads=np.int64(threads),
+        isa=isa,
+    )
+    names = ("k", "v", "k_scale", "v_scale")
+    return dataclasses.replace(pool, **dict(zip(names, held, strict=True))), out, lse
 
 
-def _check(
-    pool: KVPool, q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionLayout, site: AttentionSpec
+def _per_head(name: str, values: Any, site: AttentionSpec) -> jax.Array:
+    if values is None:
+        return jnp.zeros(0, jnp.float32)
+    found = jnp.asarray(values, jnp.float32)
+    if found.shape != (site.num_heads,):
+        raise ValueError(f"{name} has shape {found.shape}; allowed: {(site.num_heads,)}")
+    return found
+
+
+def _check_shapes(
+    pool: NativePool, q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionLayout, site: AttentionSpec
 ) -> None:
     rows, heads = q.shape[0], site.num_kv_heads
-    pages, _, _, page_size = pool.k.shape
     sequences = layout.page_table.shape[0]
+    shapes = _pool_shapes(site, num_pages=pool.num_pages, page_size=pool.page_size, dtype=pool.k.dtype)
     expected = {
         "q": (q.shape, (rows, site.num_heads, site.head_dim)),
         "k": (k.shape, (rows, heads, site.head_dim)),
         "v": (v.shape, (rows, heads, site.v_head_dim)),
-        "pool.k": (pool.k.shape, (pages, heads, site.head_dim, page_size)),
-        "pool.v": (pool.v.shape, (pages, heads, page_size, site.v_head_dim)),
+        **{f"pool.{name}": (getattr(pool, name).shape, shape) for name, (shape, _) in shapes.items()},
         "row_slot": (layout.row_slot.shape, (rows,)),
         **{name: (getattr(layout, name).shape, (sequences,)) for name in ("first_row", "num_rows", "context")},
     }
     for name, (seen, allowed) in expected.items():
         if tuple(seen) != allowed:
             raise ValueError(f"{name} has shape {tuple(seen)}; allowed: {allowed}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype.name not in _DTYPES:
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; allowed: all float32 or all bfloat16")
+    if q.dtype.name not in _ROW_DTYPES or k.dtype.name not in _ROW_DTYPES or k.dtype != v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; allowed: float32 or bfloat16, k and v the same")
+
+
+def check_layout(layout: AttentionLayout, *, num_rows: int, num_pages: int, page_size: int) -> None:
+    """Whether concrete tables fit a call of `num_rows` rows and the pool.
+
+    Raises:
+      ValueError: names the sequence, what it has and what is allowed.
+    """
+    table = np.asarray(layout.page_table)
+    first, count, context = (np.asarray(getattr(layout, name)) for name in ("first_row", "num_rows", "context"))
+    for index in np.flatnonzero((first < 0) | (count < 0) | (first.astype(np.int64) + count > num_rows)):
+        seen = f"{first[index]} to {int(first[index]) + int(count[index])}"
+        raise ValueError(f"sequence {index} has rows {seen}; allowed: 0 to {num_rows}")
+    for index in np.flatnonzero(count):
+        most = table.shape[1] * page_size
+        if not count[index] <= context[index] <= most:
+            raise ValueError(
+                f"sequence {index} has a context of {context[index]}; "
+                f"allowed: {count[index]} (its rows) to {most} (its page table)"
+            )
+        pages = table[index, : -(-int(context[index]) // page_size)]
+        if ((pages < 0) | (pages >= num_pages)).any():
+            wrong = pages[(pages < 0) | (pages >= num_pages)][0]
+            raise ValueError(f"sequence {index} has page {wrong}; allowed: 0 to {num_pages - 1}")
+    slots = np.asarray(layout.row_slot)
+    if slots.size and slots.min() < 0:
+        raise ValueError(f"row {slots.argmin()} has slot {slots.min()}; allowed: 0 and above")

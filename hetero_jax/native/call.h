@@ -1,0 +1,75 @@
+// What the FFI handler, the plan and the kernels of every ISA share: one call of paged attention, and its work items.
+// No inline code here: this header is compiled with several instruction sets, and the linker keeps only one copy.
+#pragma once
+
+#include <cstdint>
+
+namespace hetero_jax {
+
+enum class KvType { kF32, kBf16, kF16, kI8 };
+
+// Tokens in a block: a page is cut into blocks, and a block's keys lie with their tokens innermost.
+constexpr int kBlock = 16;
+// Blocks in a tile. Every tile gives (max, sum, weighted values) of its own, and a row's tiles are folded in order of
+// position: so a row's bits depend on its sequence and nothing else. Changing this changes bits.
+constexpr int kTileBlocks = 16;
+constexpr int kTile = kBlock * kTileBlocks;
+// Query vectors (rows x group) of one work item, and of the part of it that passes over a tile together.
+constexpr int kItemVectors = 256;
+constexpr int kPassVectors = 64;
+// Floats behind a partial's values: its max and its sum, and room to stay aligned.
+constexpr int kPartialTail = 16;
+
+struct QueryRow {
+  int32_t row;         // of q and of the output
+  int32_t position;    // in its sequence: the last key it sees
+  int32_t first_tile;  // that it sees a key of
+  int32_t last_tile;
+  int64_t partial;  // partials of (tile, head) are at (partial + tile) * kv_heads + head; unused where complete
+};
+
+// Rows that pass over the same tiles of one KV head together.
+struct Item {
+  const QueryRow* rows;
+  const int32_t* pages;
+  int64_t context;  // positions held by the sequence
+  int32_t num_rows;
+  int32_t head;
+  int32_t tile_begin, tile_end;
+  bool complete;  // covers every tile of its rows, so that it writes the output itself
+};
+
+struct Call {
+  KvType kv;
+  bool q_bf16, kv_bf16;  // types of q and the output, and of the incoming k and v
+  int64_t rows, heads, kv_heads, group;
+  int64_t dim, dim_pad, v_dim, v_pad;  // padded as the pool is
+  int64_t num_pages, page_size, page_blocks;
+  int64_t k_block_bytes, v_block_bytes;
+  char *k_pool, *v_pool;
+  float *k_scale, *v_scale;  // one per slot and head, int8 only
+  const void *q, *k, *v;
+  const int32_t* row_slot;
+  float scale, softcap;  // softcap 0: none
+  int64_t window;        // 0: none
+  const float *slopes, *sinks;  // [heads] or null
+  void* out;
+  float* lse;  // [rows, heads] or null
+  float* partials;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*append)(const Call&, int64_t row_begin, int64_t row_end);
+  void (*attend)(const Call&, const Item&);
+  // Folds the partials of a row and writes its output.
+  void (*finish)(const Call&, const QueryRow&, int head);
+  // For benchmarks: a plain read of memory, and `steps` of independent multiply-adds, whose number each it returns.
+  float (*probe_read)(const char* from, int64_t bytes);
+  int64_t (*probe_multiply_add)(KvType, int64_t steps);
+};
+
+// Bytes of a growing buffer of this thread, 64-byte aligned; null where memory is out.
+void* thread_scratch(int64_t bytes);
+
+}  // namespace hetero_jax

@@ -1,3 +1,0 @@
-#define LANES 4
-#include "kernel.inc.h"
-hetero::Kernel hetero::KernelPlain() { return Run; }

@@ -1,0 +1,165 @@
+// Vectors of the instruction set that this file is compiled for. Everything is static: the same names are compiled
+// several times with different flags, and the linker must not merge them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define HJ_WIDTH 16
+#elif defined(__AVX2__)
+#define HJ_WIDTH 8
+#else
+#define HJ_WIDTH 4
+#endif
+
+namespace {
+
+constexpr int kWidth = HJ_WIDTH;
+typedef float vf __attribute__((vector_size(4 * HJ_WIDTH)));
+typedef int32_t vi __attribute__((vector_size(4 * HJ_WIDTH)));
+typedef uint32_t vu __attribute__((vector_size(4 * HJ_WIDTH)));
+typedef uint16_t vh __attribute__((vector_size(2 * HJ_WIDTH)));
+
+#define HJ_INLINE static inline __attribute__((always_inline))
+
+template <class V>
+HJ_INLINE V load(const void* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof(V));
+  return value;
+}
+template <class V>
+HJ_INLINE void store(void* to, V value) {
+  __builtin_memcpy(to, &value, sizeof(V));
+}
+template <class V, class S>
+HJ_INLINE V cast(S value) {
+  static_assert(sizeof(V) == sizeof(S));
+  V result;
+  __builtin_memcpy(&result, &value, sizeof(V));
+  return result;
+}
+HJ_INLINE vf splat(float x) { return x - vf{}; }
+HJ_INLINE vi splat_i(int32_t x) { return x - vi{}; }
+
+// a * b + c, fused where the instruction is there. Written out everywhere, and compiled with -ffp-contract=off, so that
+// the compiler does not fuse one copy of an expression and not another: bits would depend on the path taken.
+HJ_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+HJ_INLINE vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+HJ_INLINE float reduce_max(vf x) {
+  float lanes[kWidth];
+  store(lanes, x);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+HJ_INLINE float reduce_sum(vf x) {
+  float lanes[kWidth];
+  store(lanes, x);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// e^x for x <= 0, within 1e-7 of the true value relatively; 0 below -87 (and for -inf), NaN for NaN.
+HJ_INLINE vf exp_nonpositive(vf x) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  vf rounded = fma(x, splat(1.44269504088896341f), magic);
+  vf n = rounded - magic;
+  vf r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.0f);
+  vf result = cast<vf>(cast<vi>(p) + (cast<vi>(rounded) << 23));
+#if defined(__AVX512F__)
+  __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+  return (vf)_mm512_mask_blend_ps(tiny, (__m512)result, _mm512_setzero_ps());
+#else
+  return x < -87.0f ? vf{} : result;
+#endif
+}
+
+// tanh(x), within 2e-7 relatively.
+HJ_INLINE vf tanh_of(vf x) {
+  vf size = cast<vf>(cast<vi>(x) & splat_i(0x7fffffff));
+  vf z = x * x;
+  vf p = splat(-5.70498872745e-3f);
+  p = fma(p, z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  vf near = fma(p * z, x, x);
+  vf e = exp_nonpositive(size * -2.0f);
+  vf far = (1.0f - e) / (1.0f + e);
+  far = cast<vf>(cast<vi>(far) | (cast<vi>(x) & splat_i(INT32_MIN)));
+  return size < 0.625f ? near : far;
+}
+
+HJ_INLINE float to_float(uint16_t bf16) { return cast<float>((uint32_t)bf16 << 16); }
+
+// To the nearest, ties to even; NaN stays NaN.
+HJ_INLINE uint16_t to_bf16(float x) {
+  uint32_t bits = cast<uint32_t>(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+HJ_INLINE vf half_to_float(vh h) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps((__m128i)h);
+#else
+  // The exponent is moved by a product, which also makes subnormal halves right; 0x7c00 and above are inf and NaN.
+  vu wide = __builtin_convertvector(h, vu);
+  vf value = cast<vf>((wide & 0x7fffu) << 13) * splat(0x1p112f);
+  vu special = cast<vu>((wide & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return cast<vf>(cast<vu>(value) | special | ((wide & 0x8000u) << 16));
+#endif
+}
+
+HJ_INLINE uint16_t to_half(float x) {
+  uint32_t bits = cast<uint32_t>(x);
+  uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
+  if (bits < 0x38800000) {                       // subnormal: let an addition round
+    float shifted = cast<float>(bits) + 0.5f;
+    return sign | (uint16_t)(cast<uint32_t>(shifted) - 0x3f000000);
+  }
+  return sign | (uint16_t)((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13);
+}
+
+}  // namespace

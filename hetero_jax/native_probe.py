@@ -1,0 +1,52 @@
+"""What this machine can do at most, measured with the kernel's own instructions: for benchmarks."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from hetero_jax.native_attention import load_library
+
+_READ_BYTES = 256 << 20  # in all: several times the caches
+_STEPS = 2_000_000
+_ATTEMPTS = 5
+
+
+def read_bandwidth(threads: int, attempts: int = _ATTEMPTS) -> float:
+    """Bytes per second of a plain streaming read by `threads` threads, each of its own part; the best of `attempts`."""
+    probe = load_library().hetero_probe_read
+    probe.argtypes, probe.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_float
+    buffer = _buffer()
+    part = buffer.nbytes // threads
+    seconds = _best(threads, lambda thread: probe(buffer.ctypes.data + thread * part, part), attempts)
+    return part * threads / seconds
+
+
+@functools.cache
+def _buffer() -> np.ndarray:
+    return np.ones(_READ_BYTES, np.uint8)
+
+
+def multiply_add_peak(dtype: str, threads: int) -> float:
+    """Multiply-adds per second of `threads` threads: bfloat16's dot products for "bfloat16", else float32's."""
+    probe = load_library().hetero_probe_multiply_add
+    probe.argtypes, probe.restype = (ctypes.c_int32, ctypes.c_int64), ctypes.c_int64
+    is_bf16 = int(dtype == "bfloat16")
+    per_step = probe(is_bf16, 1)
+    return threads * _STEPS * per_step / _best(threads, lambda _: probe(is_bf16, _STEPS))
+
+
+def _best(threads: int, run: Callable[[int], object], attempts: int = _ATTEMPTS) -> float:
+    """Seconds that `threads` threads take together to run; ctypes lets go of the interpreter lock."""
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(attempts):
+            start = time.perf_counter()
+            list(pool.map(run, range(threads)))
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
