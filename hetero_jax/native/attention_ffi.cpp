@@ -25,7 +25,10 @@ namespace hetero_jax {
 
 extern const Kernels kernels_plain;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+#if defined(HJ_HAS_AVX512_BF16)
+extern const Kernels kernels_avx512_bf16;
 #endif
 
 namespace ffi = xla::ffi;
@@ -47,8 +50,9 @@ std::vector<const Kernels*> usable_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
-    found.push_back(&kernels_avx512_bf16);
+#if defined(HJ_HAS_AVX512_BF16)
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16);
+#endif
   if (avx512) found.push_back(&kernels_avx512);
   if (avx2) found.push_back(&kernels_avx2);
 #endif
