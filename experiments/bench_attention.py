@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,12 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from experiments.bench_point import num_cores
+from experiments.markdown import print_header, print_row
 from experiments.workloads import SAMPLES, load_workload
 from hetero_jax import attention, native_attention
 from hetero_jax.attention import AttentionLayout, AttentionSpec, slots_of
+from hetero_jax.config import KV_CACHE_DTYPES
 from hetero_jax.native_probe import multiply_add_peak, read_bandwidth
 
-_DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16", "float16", "int8"], "Element types of the pool.")
+_DTYPES = flags.DEFINE_list("dtypes", list(KV_CACHE_DTYPES), "Element types of the pool.")
 _GROUPS = flags.DEFINE_list("groups", ["1", "3", "4", "8"], "Query heads per KV head.")
 _HEAD_SIZES = flags.DEFINE_list("head_sizes", ["64", "128"], "Sizes of a head.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192", "conv"], f"Tokens, or one of {SAMPLES}.")
@@ -63,15 +65,14 @@ class Roofs:
 
     def of(self, dtype: str, spec: AttentionSpec, read: float) -> tuple[float, str]:
         """Bytes of keys and values per second that a decode may reach at most, and what binds it."""
-        group = spec.num_heads // spec.num_kv_heads
-        compute = self.multiply_add[dtype] / (group / jnp.dtype(dtype).itemsize)
+        compute = self.multiply_add[dtype] / (_group(spec) / jnp.dtype(dtype).itemsize)
         return (read, "memory") if read <= compute else (compute, "compute")
 
 
 def main(argv: list[str]) -> None:
     """Print one Markdown table a part."""
     del argv
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     peaks = {name: multiply_add_peak(name, cores) for name in ("float32", "bfloat16")}
     roofs = Roofs(
         cores=cores,
@@ -87,8 +88,7 @@ def main(argv: list[str]) -> None:
 
 
 def _decode(roofs: Roofs) -> None:
-    _print_row("dtype", "group", "head", "batch", "context", "GB/s", "roof GB/s", "binds", "of the roof")
-    _print_row(*["---"] * 9)
+    print_header(["dtype", "group", "head", "batch", "context", "GB/s", "roof GB/s", "binds", "of the roof"])
     for dtype in _DTYPES.value:
         for spec in _specs():
             for batch in map(int, _BATCHES.value):
@@ -97,16 +97,15 @@ def _decode(roofs: Roofs) -> None:
                     seconds, read = _beside_reading(_native_call(spec, dtype, rows), roofs.cores)
                     rate = _kv_bytes(spec, dtype, rows) / seconds
                     roof, binds = roofs.of(dtype, spec, read)
-                    where = (dtype, spec.num_heads // spec.num_kv_heads, spec.head_dim, batch, context)
-                    _print_row(*where, f"{rate / 1e9:.1f}", f"{roof / 1e9:.1f}", binds, f"{rate / roof:.2f}")
+                    figures = (f"{rate / 1e9:.1f}", f"{roof / 1e9:.1f}", binds, f"{rate / roof:.2f}")
+                    print_row([*_where(dtype, spec), batch, context, *figures])
 
 
 def _beside(roofs: Roofs) -> None:
     """The same decode by the jax.numpy form and, contiguous, by torch."""
     del roofs
     spec, rows = _spec(3, 64), _sequences(16, "2048")
-    _print_row("dtype", "native ms", "jax.numpy ms", "ratio", "torch ms", "ratio")
-    _print_row(*["---"] * 6)
+    print_header(["dtype", "native ms", "jax.numpy ms", "ratio", "torch ms", "ratio"])
     for dtype in ("float32", "bfloat16"):
         native = _seconds(_native_call(spec, dtype, rows))
         plain = _seconds(_call(attention, spec, dtype, rows))
@@ -114,14 +113,13 @@ def _beside(roofs: Roofs) -> None:
         if importlib.util.find_spec("torch"):
             other = _seconds(_torch_call(spec, dtype, rows))
             cells[4:] = [f"{other * 1e3:.2f}", f"{other / native:.1f}"]
-        _print_row(*cells)
+        print_row(cells)
 
 
 def _prefill(roofs: Roofs) -> None:
     """Chunks of 512 rows, at the start and far into a sequence, against a matrix product of 2048 x 2048 x 2048."""
     del roofs
-    _print_row("dtype", "group", "head", "chunk at", "TFLOP/s", "matrix product TFLOP/s", "ratio")
-    _print_row(*["---"] * 7)
+    print_header(["dtype", "group", "head", "chunk at", "TFLOP/s", "matrix product TFLOP/s", "ratio"])
     for dtype in ("float32", "bfloat16"):
         peak = _matrix_peak(dtype)
         for spec in _specs():
@@ -129,15 +127,14 @@ def _prefill(roofs: Roofs) -> None:
                 rows = [Rows(context=start + 512, new=512)] * 4
                 seen = sum(r.new * r.context - r.new * (r.new - 1) // 2 for r in rows)
                 flops = 4 * seen * spec.num_heads * spec.head_dim / _seconds(_native_call(spec, dtype, rows))
-                where = (dtype, spec.num_heads // spec.num_kv_heads, spec.head_dim, start)
-                _print_row(*where, f"{flops / 1e12:.3f}", f"{peak / 1e12:.3f}", f"{flops / peak:.2f}")
+                figures = (f"{flops / 1e12:.3f}", f"{peak / 1e12:.3f}", f"{flops / peak:.2f}")
+                print_row([*_where(dtype, spec), start, *figures])
 
 
 def _mixed(roofs: Roofs) -> None:
     """One call with prefill chunks and decode rows against a call of each, both parts about equally long."""
     del roofs
-    _print_row("dtype", "group", "head", "prefill ms", "decode ms", "mixed ms", "mixed / sum")
-    _print_row(*["---"] * 7)
+    print_header(["dtype", "group", "head", "prefill ms", "decode ms", "mixed ms", "mixed / sum"])
     for dtype in ("float32", "bfloat16"):
         for spec in _specs():
             decode = [Rows(context=2048)] * 32
@@ -147,15 +144,14 @@ def _mixed(roofs: Roofs) -> None:
             prefill_s = _seconds(_native_call(spec, dtype, prefill))
             mixed_s = _seconds(_native_call(spec, dtype, [*prefill, *decode]))
             times = (prefill_s, decode_s, mixed_s)
-            where = (dtype, spec.num_heads // spec.num_kv_heads, spec.head_dim)
-            _print_row(*where, *(f"{s * 1e3:.2f}" for s in times), f"{mixed_s / (prefill_s + decode_s):.2f}")
+            figures = (*(f"{s * 1e3:.2f}" for s in times), f"{mixed_s / (prefill_s + decode_s):.2f}")
+            print_row([*_where(dtype, spec), *figures])
 
 
 def _threads(roofs: Roofs) -> None:
     """One thread against all, and one long sequence among short ones against as many bytes in even ones."""
     del roofs
-    _print_row("dtype", "group", "head", "one thread ms", "all ms", "scaling", "32k + 63 short / even")
-    _print_row(*["---"] * 7)
+    print_header(["dtype", "group", "head", "one thread ms", "all ms", "scaling", "32k + 63 short / even"])
     uneven = [Rows(context=32_768), *[Rows(context=256)] * 63]
     even = [Rows(context=sum(r.context for r in uneven) // 64)] * 64
     for dtype in _DTYPES.value:
@@ -163,8 +159,8 @@ def _threads(roofs: Roofs) -> None:
             rows = _sequences(16, "2048")
             one, both = (_seconds(_native_call(spec, dtype, rows, threads=n)) for n in (1, 0))
             ratio = _seconds(_native_call(spec, dtype, uneven)) / _seconds(_native_call(spec, dtype, even))
-            where = (dtype, spec.num_heads // spec.num_kv_heads, spec.head_dim)
-            _print_row(*where, f"{one * 1e3:.2f}", f"{both * 1e3:.2f}", f"{one / both:.2f}", f"{ratio:.2f}")
+            figures = (f"{one * 1e3:.2f}", f"{both * 1e3:.2f}", f"{one / both:.2f}", f"{ratio:.2f}")
+            print_row([*_where(dtype, spec), *figures])
 
 
 def _spec(group: int, head_dim: int) -> AttentionSpec:
@@ -178,6 +174,15 @@ def _spec(group: int, head_dim: int) -> AttentionSpec:
         window=None,
         softcap=None,
     )
+
+
+def _where(dtype: str, spec: AttentionSpec) -> tuple[str, int, int]:
+    """The first columns of a row: dtype, group, head size."""
+    return dtype, _group(spec), spec.head_dim
+
+
+def _group(spec: AttentionSpec) -> int:
+    return spec.num_heads // spec.num_kv_heads
 
 
 def _specs() -> list[AttentionSpec]:
@@ -265,7 +270,7 @@ def _filled(pool: Any) -> Any:
 def _torch_call(spec: AttentionSpec, dtype: str, rows: list[Rows]) -> Call:
     import torch  # pyright: ignore[reportMissingImports]
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(num_cores())
     kind, context = getattr(torch, dtype), rows[0].context
     q = torch.randn(len(rows), spec.num_heads, 1, spec.head_dim).to(kind)
     k, v = (torch.randn(len(rows), spec.num_kv_heads, context, spec.head_dim).to(kind) for _ in range(2))
@@ -302,10 +307,6 @@ def _each(call: Call) -> Iterator[float]:
         for _ in range(count):
             jax.block_until_ready(call())
         yield (time.perf_counter() - start) / count
-
-
-def _print_row(*cells: object) -> None:
-    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

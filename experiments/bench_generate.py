@@ -27,6 +27,7 @@ from absl import app, flags
 
 from experiments.bench_point import Point, num_cores
 from experiments.contenders import CONTENDERS, dequantised_gguf
+from experiments.markdown import print_header, print_row
 
 _DTYPE_NAMES = ("float32", "bfloat16")
 
@@ -64,8 +65,7 @@ def main(argv: list[str]) -> None:
         figures = CONTENDERS[name].run(Point(**point))
         print(_RESULT + json.dumps({**dataclasses.asdict(figures), "version": _version(name)}))
         return
-    _print_row(_COLUMNS)
-    _print_row(["---"] * len(_COLUMNS))
+    print_header(_COLUMNS)
     with tempfile.TemporaryDirectory() as folder:
         weights = functools.cache(functools.partial(_llama_weights, Path(folder)))
         for point in _points():
@@ -103,10 +103,10 @@ def _measure(point: Point, weights: Callable[[str], str]) -> None:
         figures = _in_own_process(name, point, weights)
         where = (point.sequences, point.context, point.dtype, name)
         if isinstance(figures, str):
-            _print_row([*where, figures, *[""] * (len(_COLUMNS) - len(where) - 1)])
+            print_row([*where, figures, *[""] * (len(_COLUMNS) - len(where) - 1)])
             continue
         ours = figures if name == "hetero_jax" else ours
-        _print_row([*where, *_cells(figures, None if name == "hetero_jax" else ours)])
+        print_row([*where, *_cells(figures, None if name == "hetero_jax" else ours)])
         if _OUTPUT.value:
             with Path(_OUTPUT.value).open("a", encoding="utf-8") as file:
                 row = {**dataclasses.asdict(point), "contender": name, "cores": num_cores(), **figures}
@@ -151,10 +151,6 @@ def _cells(figures: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
         return cells + [""] * (len(_PARTS) + 1)
     cells += [f"{split[part] * 1e3:.1f}" for part in _PARTS]
     return [*cells, f"{split['host_s'] / sum(split.values()):.1%}"]
-
-
-def _print_row(cells: Any) -> None:
-    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

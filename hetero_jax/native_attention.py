@@ -36,10 +36,10 @@ from hetero_jax.attention import AttentionLayout
 from partition import AttentionSpec
 
 BLOCK = 16
-DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 _TARGET = "hetero_paged_attention"
-_WORD = {"float32": 1, "float16": 1, "bfloat16": 2, "int8": 4}
+# Elements of a word, by element type of the pool.
+_WORD = {"float32": 1, "bfloat16": 2, "float16": 1, "int8": 4}
 _ROW_DTYPES = ("float32", "bfloat16")
 
 
@@ -68,8 +68,8 @@ def refusal(*, dtype: Any, device: Any) -> str | None:
     """Why the kernel cannot serve such a pool; None if it can."""
     if device.platform != "cpu":
         return f"the native kernel runs on the CPU, not on {device.platform}"
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"kv_cache_dtype={jnp.dtype(dtype).name}; the native kernel takes {', '.join(DTYPES)}"
+    if jnp.dtype(dtype).name not in _WORD:
+        return f"kv_cache_dtype={jnp.dtype(dtype).name}; the native kernel takes {', '.join(_WORD)}"
     library = _load()
     return library if isinstance(library, str) else None
 
