@@ -28,7 +28,8 @@ from experiments.bench_point import num_cores
 from experiments.markdown import print_header, print_row
 from experiments.workloads import SAMPLES, load_workload
 from hetero_jax import attention, native_attention
-from hetero_jax.attention import AttentionLayout, AttentionSpec, slots_of
+from hetero_jax.attention import AttentionSpec
+from hetero_jax.attention_layout import AttentionLayout, slots_of
 from hetero_jax.config import KV_CACHE_DTYPES
 from hetero_jax.native_probe import multiply_add_peak, read_bandwidth
 

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from hetero_jax import attention, native_attention
-from hetero_jax.attention import AttentionLayout
+from hetero_jax import attention, native_attention, traced_attention
+from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.devices import land, start_copy
 from hetero_jax.errors import ConfigError
-from partition import AttentionSpec
+from partition import PlannedSite, Value
+
+
+class SiteKernel(Protocol):
+    """How tier 2 serves one kind of site.
+
+    attend: (pool, inputs [R, ...] each, layout, weights) -> (pool, outputs [R, ...] each), to be jitted.
+    """
+
+    def page_bytes(self, *, page_size: int) -> int: ...
+
+    def make_pool(self, *, num_pages: int, page_size: int) -> Any: ...
+
+    def needed_layout(self, layout: AttentionLayout) -> AttentionLayout: ...
+
+    def attend(self, pool: Any, inputs: Any, layout: AttentionLayout, weights: Any) -> tuple[Any, Any]: ...
 
 
 class AttentionTier:
     """Serves `attend` for each site; the pools are donated to the call and replaced by its result.
 
     Args:
-      specs: of the sites.
+      sites: of the plan.
+      weights: arrays of the weights that sites read.
       kv_cache_bytes: memory of all pools; `num_pages` is as many as it holds.
       page_size: token positions in a page.
       dtype: element type of the pools.
@@ -32,55 +47,122 @@ class AttentionTier:
     """
 
     def __init__(
-        self, specs: Sequence[AttentionSpec], *, kv_cache_bytes: int, page_size: int, dtype: Any, device: Any
+        self,
+        sites: Sequence[PlannedSite],
+        weights: Mapping[Value, jax.Array],
+        *,
+        kv_cache_bytes: int,
+        page_size: int,
+        dtype: Any,
+        device: Any,
     ) -> None:
         self.device = device
-        self._specs = tuple(specs)
-        kernel = _kernel(dtype=dtype, device=device)
-        self._is_native = kernel is native_attention
-        page_bytes = sum(kernel.page_bytes(spec, page_size=page_size, dtype=dtype) for spec in specs)
+        choose = _KernelChoice(dtype=dtype, device=device)
+        made = {key: choose(site) for key, site in {site.key: site for site in reversed(sites)}.items()}
+        self._kernels = [made[site.key] for site in sites]
+        page_bytes = sum(kernel.page_bytes(page_size=page_size) for kernel in self._kernels)
         if kv_cache_bytes < page_bytes:
             raise ConfigError(
                 f"kv_cache_bytes={kv_cache_bytes} holds no page: one page of {page_size} tokens takes "
-                f"{page_bytes} bytes over {len(specs)} sites"
+                f"{page_bytes} bytes over {len(sites)} sites"
             )
         self.num_pages = kv_cache_bytes // page_bytes
-        self._pools: list[Any] = [
-            kernel.make_pool(spec, num_pages=self.num_pages, page_size=page_size, dtype=dtype, device=device)
-            for spec in specs
-        ]
-        self._calls = {
-            spec: jax.jit(functools.partial(kernel.paged_attention, site=spec), donate_argnums=0) for spec in set(specs)
-        }
+        self._pools = [kernel.make_pool(num_pages=self.num_pages, page_size=page_size) for kernel in self._kernels]
+        self._weights = [tuple(jax.device_put(weights[value], device) for value in site.weights) for site in sites]
+        jitted = {kernel: jax.jit(kernel.attend, donate_argnums=0) for kernel in made.values()}
+        self._calls = [jitted[kernel] for kernel in self._kernels]
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of all pools."""
         return sum(array.nbytes for array in jax.tree.leaves(self._pools))
 
-    def place_layout(self, layout: AttentionLayout) -> AttentionLayout:
-        """The layout on this tier's device: once per microbatch, not once per site."""
-        needed = native_attention.needed_layout(layout) if self._is_native else layout
-        return jax.device_put(needed, self.device)
+    def place_layout(self, layout: AttentionLayout) -> list[AttentionLayout]:
+        """What each site needs of the layout, on this tier's device: once per microbatch, not once per site."""
+        placed = {kernel: jax.device_put(kernel.needed_layout(layout), self.device) for kernel in set(self._kernels)}
+        return [placed[kernel] for kernel in self._kernels]
 
     def begin(self, arrays: tuple[jax.Array, ...]) -> None:
-        """Start to move q, k and v here."""
+        """Start to move what sites take here."""
         start_copy(arrays, self.device)
 
-    def attend(self, site: int, layout: AttentionLayout, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Append k and v to the site's pool and attend: [R, num_heads, v_head_dim] on this tier's device."""
-        q, k, v = (land(array, self.device) for array in (q, k, v))
-        self._pools[site], out = self._calls[self._specs[site]](self._pools[site], q, k, v, layout)
+    def attend(
+        self, site: int, layouts: Sequence[AttentionLayout], inputs: Sequence[jax.Array]
+    ) -> tuple[jax.Array, ...]:
+        """Append what is cached to the site's pool and attend: [R, *inner] of each output on this tier's device."""
+        here = tuple(land(array, self.device) for array in inputs)
+        self._pools[site], out = self._calls[site](self._pools[site], here, layouts[site], self._weights[site])
         return out
 
 
-def _kernel(*, dtype: Any, device: Any) -> ModuleType:
-    """What serves such pools: the native kernel, or, with a warning on the CPU, the jax.numpy form."""
-    why = native_attention.refusal(dtype=dtype, device=device)
-    if why is None:
-        return native_attention
-    if jnp.dtype(dtype).name not in attention.DTYPES:
-        raise ConfigError(f"kv_cache_dtype={jnp.dtype(dtype).name} needs the native kernel: {why}")
-    if device.platform == "cpu":
-        warnings.warn(f"attention runs in plain jax.numpy, about ten times slower: {why}", stacklevel=4)
-    return attention
+class _KernelChoice:
+    """Picks what serves a site: the native kernel, the same in jax.numpy, or the site's own subgraph."""
+
+    def __init__(self, *, dtype: Any, device: Any) -> None:
+        self.dtype, self.device = jnp.dtype(dtype), device
+        self.why_not_native = native_attention.refusal(dtype=dtype, device=device)
+
+    def __call__(self, site: PlannedSite) -> SiteKernel:
+        if site.spec is None:
+            return self._traced(site)
+        if self.why_not_native is None:
+            return _SpecKernel(native_attention, site, self.dtype, self.device, native_attention.needed_layout)
+        self._check_plain_dtype(self.why_not_native)
+        self._warn(f"attention runs in plain jax.numpy, about ten times slower: {self.why_not_native}")
+        return _SpecKernel(attention, site, self.dtype, self.device, lambda layout: layout)
+
+    def _traced(self, site: PlannedSite) -> SiteKernel:
+        self._check_plain_dtype(f"the attention opened at {site.site.opening.where} is none that it knows")
+        self._warn(
+            f"the attention opened at {site.site.opening.where} runs by its own traced operations, slower than a "
+            f"kernel, as {site.unrecognised}"
+        )
+        return _TracedKernel(site, self.dtype, self.device)
+
+    def _check_plain_dtype(self, why: str) -> None:
+        if self.dtype.name not in attention.DTYPES:
+            raise ConfigError(f"kv_cache_dtype={self.dtype.name} needs the native kernel: {why}")
+
+    def _warn(self, message: str) -> None:
+        if self.device.platform == "cpu":
+            warnings.warn(message, stacklevel=6)
+
+
+class _SpecKernel:
+    """A recognised site by `hetero_jax.attention` or `hetero_jax.native_attention`."""
+
+    def __init__(self, module: Any, site: PlannedSite, dtype: Any, device: Any, needed: Callable[..., Any]) -> None:
+        assert site.spec is not None
+        self._module, self._spec, self._dtype, self._device = module, site.spec, dtype, device
+        self.needed_layout = needed
+
+    def page_bytes(self, *, page_size: int) -> int:
+        return self._module.page_bytes(self._spec, page_size=page_size, dtype=self._dtype)
+
+    def make_pool(self, *, num_pages: int, page_size: int) -> Any:
+        return self._module.make_pool(
+            self._spec, num_pages=num_pages, page_size=page_size, dtype=self._dtype, device=self._device
+        )
+
+    def attend(self, pool: Any, inputs: Any, layout: AttentionLayout, weights: Any) -> tuple[Any, Any]:
+        pool, out = self._module.paged_attention(pool, *inputs, layout, self._spec)
+        return pool, (out,)
+
+
+class _TracedKernel:
+    """Any other causal site by its own subgraph."""
+
+    def __init__(self, site: PlannedSite, dtype: Any, device: Any) -> None:
+        self._site, self._dtype, self._device = site, dtype, device
+        self.attend = functools.partial(traced_attention.paged_attention, site=site, dtype=dtype)
+
+    def page_bytes(self, *, page_size: int) -> int:
+        return traced_attention.page_bytes(self._site, page_size=page_size, dtype=self._dtype)
+
+    def make_pool(self, *, num_pages: int, page_size: int) -> Any:
+        return traced_attention.make_pool(
+            self._site, num_pages=num_pages, page_size=page_size, dtype=self._dtype, device=self._device
+        )
+
+    def needed_layout(self, layout: AttentionLayout) -> AttentionLayout:
+        return layout

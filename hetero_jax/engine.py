@@ -78,7 +78,8 @@ class Engine:
         dtype = jnp.dtype(self.config.kv_cache_dtype or jax.tree.leaves(params)[0].dtype)
         self._dense = DenseTier(self.plan, params, device=placement.tier1)
         self._attention = AttentionTier(
-            self.plan.specs,
+            self.plan.sites,
+            self._dense.prepared,
             kv_cache_bytes=self.config.kv_cache_bytes,
             page_size=self.config.page_size,
             dtype=dtype,

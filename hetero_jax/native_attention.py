@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetero_jax.attention import AttentionLayout
+from hetero_jax.attention_layout import AttentionLayout
 from partition import AttentionSpec
 
 BLOCK = 16
@@ -159,7 +159,7 @@ def paged_attention(
     Args:
       pool: donate it, so that it is updated in place.
       q, k, v, layout, site: as in the jax.numpy form; q may differ in dtype from k and v, and both from the pool.
-      alibi_slopes: [num_heads]; slope * (key position - row position) is added to a score. None: nothing is.
+      alibi_slopes: [num_heads]; slope * (key position - row position) is added to a score. None: those of the site.
       sinks: [num_heads] a score of each head that takes part in the sum and brings no value. None: none does.
       isa: one of `usable_isas()`; "": $HETERO_JAX_ISA, and without that the best.
       threads: at most so many; 0: as many as XLA has.
@@ -204,7 +204,8 @@ def paged_attention_with_lse(
     )
     call = jax.ffi.ffi_call(_TARGET, results, input_output_aliases={i: i for i in range(len(held))})
     tables = (layout.page_table, layout.first_row, layout.num_rows, layout.context, layout.row_slot)
-    extras = (_per_head("alibi_slopes", alibi_slopes, site), _per_head("sinks", sinks, site))
+    slopes = site.alibi_slopes if alibi_slopes is None else alibi_slopes
+    extras = (_per_head("alibi_slopes", slopes, site), _per_head("sinks", sinks, site))
     *held, out, lse = call(
         *held,
         *(q, k, v),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetero_jax.attention import TILE_ROWS, AttentionLayout, slots_of
+from hetero_jax.attention_layout import TILE_ROWS, AttentionLayout, slots_of
 from hetero_jax.scheduler import Batch, Chunk
 
 # XLA CPU multiplies a single row by another routine, with other bits; from 2 rows on a row's bits do not depend on

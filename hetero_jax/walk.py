@@ -15,7 +15,7 @@ from hetero_jax.dense_tier import DenseTier
 from hetero_jax.devices import land
 from hetero_jax.rows import PackedRows
 from hetero_jax.sampler import RowSampling, SamplerOutputs, build_inputs, sample
-from partition import Plan
+from partition import Plan, Value
 
 
 class Timings:
@@ -72,30 +72,13 @@ class Walk:
         return next(self._steps, self) is self
 
     def _walk(self) -> Iterator[None]:
-        dense, attention, timings = self._tiers.dense, self._tiers.attention, self._tiers.timings
-        plan = self._tiers.plan
+        dense = self._tiers.dense
         tokens, positions = dense.place(self.rows.tokens), dense.place(self.rows.positions)
-        layout = attention.place_layout(self.rows.layout)
-        values: dict[Any, jax.Array] = {}
-        sends: dict[tuple[int, str], jax.Array] = {}
-        for stage, site in zip(plan.stages, plan.sites, strict=False):
-            with timings.measure("dense") as wait:
-                writes, sent = dense.run(stage.index, tokens, positions, [values[value] for value in stage.reads])
-                wait(writes, sent)
-            values.update(zip(stage.writes, writes, strict=True))
-            sends.update({(send.site, send.role): array for send, array in zip(stage.sends, sent, strict=True)})
-            attention.begin(sent)
-            yield
-            q, k, v = (sends.pop((stage.index, role)) for role in "qkv")
-            with timings.measure("attention") as wait:
-                out = attention.attend(stage.index, layout, q, k, v)
-                wait(out)
-            yield
-            values[site.site.outputs[0]] = land(out, dense.device)
-            self._tiers.release(values, stage.index + 1)
+        values: dict[Value, jax.Array] = {}
+        yield from run_stages(self._tiers, self.rows, tokens, positions, values)
         # A microbatch of prefill chunks alone has nothing to sample and skips the last stage.
         if self._sampling:
-            yield from self._sample(tokens, positions, [values[value] for value in plan.stages[-1].reads])
+            yield from self._sample(tokens, positions, [values[value] for value in self._tiers.plan.stages[-1].reads])
 
     def _sample(self, tokens: jax.Array, positions: jax.Array, reads: Sequence[jax.Array]) -> Iterator[None]:
         dense, timings = self._tiers.dense, self._tiers.timings
@@ -109,3 +92,28 @@ class Walk:
             wait(sampled)
         yield
         self.sampled = jax.tree.map(np.asarray, sampled)
+
+
+def run_stages(
+    tiers: Tiers, rows: PackedRows, tokens: jax.Array, positions: jax.Array, values: dict[Value, jax.Array]
+) -> Iterator[None]:
+    """D0 -> A0 -> ... -> A(L-1), leaving in `values` what the last stage reads; pauses where a tier is waited for."""
+    plan, dense, attention, timings = tiers.plan, tiers.dense, tiers.attention, tiers.timings
+    layouts = attention.place_layout(rows.layout)
+    sends: dict[tuple[int, int], jax.Array] = {}
+    for stage, site in zip(plan.stages, plan.sites, strict=False):
+        with timings.measure("dense") as wait:
+            writes, sent = dense.run(stage.index, tokens, positions, [values[value] for value in stage.reads])
+            wait(writes, sent)
+        values.update(zip(stage.writes, writes, strict=True))
+        sends.update({(send.site, send.index): array for send, array in zip(stage.sends, sent, strict=True)})
+        attention.begin(sent)
+        yield
+        inputs = [sends.pop((stage.index, index)) for index in range(len(site.inputs))]
+        with timings.measure("attention") as wait:
+            outputs = attention.attend(stage.index, layouts, inputs)
+            wait(outputs)
+        yield
+        found = (land(array, dense.device) for array in outputs)
+        values.update(zip(site.site.outputs, found, strict=True))
+        tiers.release(values, stage.index + 1)

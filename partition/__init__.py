@@ -10,12 +10,17 @@ from partition.errors import (
     UnsupportedPrimitiveError,
     UnsupportedSiteError,
 )
+from partition.jaxpr import Value
+from partition.layouts import Port
 from partition.plan import Plan, partition
+from partition.planned_site import PlannedSite
 
 __all__ = [
     "AttentionSpec",
     "PartitionError",
     "Plan",
+    "PlannedSite",
+    "Port",
     "Send",
     "Stage",
     "StageFunction",
@@ -23,6 +28,7 @@ __all__ = [
     "TraceError",
     "UnsupportedPrimitiveError",
     "UnsupportedSiteError",
+    "Value",
     "partition",
     "prepare_weights",
     "reference_attention",

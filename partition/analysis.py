@@ -5,10 +5,11 @@ Every value gets a kind (what it depends on) and one label per axis:
     PLAIN      an ordinary axis
     UNIFORM    an axis over the tokens along which the value is constant (the model broadcast it)
     ROW        entry i belongs to token i (or, for position-only values, to position i)
-    Side(s)    one of the two token axes of a score of attention site s
+    Side(p)    one of the two token axes of a pairing p: a value with an entry for every two tokens
 
-A product that pairs two token axes opens a site; a reduction over one of its sides (the key side) closes it and gives
-ROW again. Anything else that would combine, move or drop rows is refused, so what is left is token-wise.
+Where two token axes meet a pairing opens (scores; a mask made from token ids); where a reduction over one of its sides,
+the key side, gives ROW again, it closes. A pairing that meets a later one in the same two axes is absorbed by it: a
+score absorbs its mask. Anything else that would combine, move or drop rows is refused, so the rest is token-wise.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Axis(enum.Enum):
 
 @dataclass(frozen=True)
 class Side:
-    """Label of a score's token axis: side 0 or 1 of a site; which of them is the key side shows when it is reduced."""
+    """Label of a token axis of a pairing, 0 or 1; which of them is the key side shows when it is reduced."""
 
-    site: int
+    pairing: int
     side: int
 
 
@@ -60,18 +61,24 @@ class Facts:
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """The score sides among the labels."""
+        """The sides among the labels."""
         return tuple(label for label in self.labels if isinstance(label, Side))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """Facts of every value, and per site the equation that opened it and its key side (0 or 1)."""
+    """Facts of every value, and of every pairing.
+
+    openings: per pairing the equation where its token axes met.
+    key_sides: per pairing that was reduced, its key side (0 or 1).
+    absorbed: absorbed[p][q]: pairing p took in q; its side i is q's side i (0) or 1 - i (1).
+    """
 
     traced: Traced
     facts: dict[Value, Facts]
     openings: tuple[Equation, ...]
-    key_sides: tuple[int, ...]
+    key_sides: dict[int, int]
+    absorbed: dict[int, dict[int, int]]
 
     @functools.cached_property
     def made_by(self) -> dict[Value, Equation]:
@@ -108,6 +115,7 @@ class _Interpreter:
         self.rows = traced.rows
         self.openings: list[Equation] = []
         self.key_sides: dict[int, int] = {}
+        self.absorbed: dict[int, dict[int, int]] = {}
         self.facts: dict[Value, Facts] = {}
         for value in traced.weights:
             self.facts[value] = Facts(Kind.CONSTANT, (Axis.PLAIN,) * len(value.shape))
@@ -124,14 +132,12 @@ class _Interpreter:
         for value in self.traced.program.outputs:
             if self.facts[value].sides or self.facts[value].kind is not Kind.TOKEN:
                 raise TokenMixingError(f"the logits {value.shape} are not one row per token")
-        for site, eqn in enumerate(self.openings):
-            if site not in self.key_sides:
-                raise UnsupportedSiteError(f"the scores made at {eqn.where} are never reduced over their keys")
         return Analysis(
             traced=self.traced,
             facts=self.facts,
             openings=tuple(self.openings),
-            key_sides=tuple(self.key_sides[site] for site in range(len(self.openings))),
+            key_sides=self.key_sides,
+            absorbed=self.absorbed,
         )
 
     def step(self, eqn: Equation) -> None:
@@ -188,16 +194,16 @@ class _Interpreter:
         if lhs is Axis.PLAIN and rhs is Axis.PLAIN:
             return
         sides = [label for label in (lhs, rhs) if isinstance(label, Side)]
-        if len(sides) != 1 or Axis.ROW not in (lhs, rhs) or min(facts.kind for facts in operands) is not Kind.TOKEN:
+        if len(sides) != 1:
             raise _mixes(eqn, "contracts the token axis outside an attention site")
         self._reduce_side(eqn, sides[0])
 
     def _reduce_side(self, eqn: Equation, label: Label) -> None:
         if not isinstance(label, Side):
             raise _mixes(eqn, "reduces over the token axis")
-        if self.key_sides.setdefault(label.site, label.side) != label.side:
+        if self.key_sides.setdefault(label.pairing, label.side) != label.side:
             raise UnsupportedSiteError(
-                f"'{eqn.primitive}' at {eqn.where} reduces the scores made at {self.openings[label.site].where} "
+                f"'{eqn.primitive}' at {eqn.where} reduces the scores made at {self.openings[label.pairing].where} "
                 "over their query side; only reductions over the keys are allowed"
             )
 
@@ -215,22 +221,28 @@ class _Interpreter:
         return labels, token_rows
 
     def _join_label(self, eqn: Equation, old: Label, new: Label) -> Label:
-        if isinstance(old, Side) and isinstance(new, Side) and old != new:
-            raise UnsupportedSiteError(f"'{eqn.primitive}' at {eqn.where} combines the scores of two attention sites")
-        return old if isinstance(old, Side) else new
+        if not isinstance(old, Side) or not isinstance(new, Side):
+            return old if isinstance(old, Side) else new
+        if old == new:
+            return old
+        later, earlier = (old, new) if old.pairing > new.pairing else (new, old)
+        flip = later.side ^ earlier.side
+        known = self.absorbed.setdefault(later.pairing, {}).setdefault(earlier.pairing, flip)
+        if later.pairing == earlier.pairing or known != flip:
+            raise UnsupportedSiteError(f"'{eqn.primitive}' at {eqn.where} combines scores with their transpose")
+        return later
 
     def _settle(self, eqn: Equation, labels: list[Label], token_rows: set[int], kind: Kind) -> tuple[Label, ...]:
-        """One token axis: a row. Two: a score, of a new site if neither is a side yet. More: refused."""
+        """One token axis: a row. Two: a pairing, a new one if neither is a side yet. More: refused."""
         rows = [axis for axis, label in enumerate(labels) if label is Axis.ROW]
-        sides = [axis for axis, label in enumerate(labels) if isinstance(label, Side)]
+        sides = [label for label in labels if isinstance(label, Side)]
         if kind is not Kind.TOKEN or len(rows) + len(sides) <= 1:
             return tuple(Axis.ROW if isinstance(label, Side) else label for label in labels)
-        if not sides and len(rows) == 2 and token_rows.issuperset(rows):
-            site = len(self.openings)
+        if not sides and len(rows) == 2 and token_rows.intersection(rows):
+            labels[rows[0]], labels[rows[1]] = Side(len(self.openings), 0), Side(len(self.openings), 1)
             self.openings.append(eqn)
-            labels[rows[0]], labels[rows[1]] = Side(site, 0), Side(site, 1)
             return tuple(labels)
-        if len(sides) == 2 and not rows and labels[sides[0]].site == labels[sides[1]].site:  # type: ignore[union-attr]
+        if len(sides) == 2 and not rows and sides[0].pairing == sides[1].pairing:
             return tuple(labels)
         raise _mixes(eqn, "lets more than one token axis meet other than as the scores of one attention site")
 

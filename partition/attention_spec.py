@@ -11,10 +11,11 @@ Array = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """Causal softmax attention: out_i = sum_j softmax_j(cap(scale * q_i . k_j)) v_j over j <= i, i - j < window.
+    """Causal softmax attention: out_i = sum_j softmax_j(cap(scale * q_i . k_j) + bias) v_j over j <= i, i - j < window.
 
     Query head h reads key-value head h // (num_heads // num_kv_heads). window None: all earlier tokens.
     softcap c: cap(x) = c * tanh(x / c); None: cap(x) = x.
+    alibi_slopes: of each query head; the bias is slope * (j - i). None: no bias.
     """
 
     num_heads: int
@@ -24,6 +25,7 @@ class AttentionSpec:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    alibi_slopes: tuple[float, ...] | None = None
 
 
 def reference_attention(
@@ -36,6 +38,8 @@ def reference_attention(
     if spec.softcap is not None:
         scores = spec.softcap * np.tanh(scores / spec.softcap)
     distance = query_positions[:, None] - key_positions[None, :]
+    if spec.alibi_slopes is not None:
+        scores = scores - np.array(spec.alibi_slopes)[:, None, None] * distance
     visible = (distance >= 0) & (distance < (spec.window or np.inf))
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -23,7 +23,8 @@ def prepare_weights(plan: Plan, params: Any) -> dict[Value, jax.Array]:
     Args:
       params: the pytree that the plan was made from, with arrays.
     Returns:
-      an array for each external of each stage; position tables have `plan.max_rows` rows along their row axis.
+      an array for each external of each stage and each weight of a site; position tables have
+      `plan.max_rows` rows along their row axis.
     """
     traced = plan.analysis.traced
     env: dict[Value, Any] = dict(zip(traced.weights, jax.tree.leaves(params), strict=True))
@@ -32,6 +33,7 @@ def prepare_weights(plan: Plan, params: Any) -> dict[Value, jax.Array]:
         row_shape(traced.positions, traced.rows, plan.max_rows)
     )
     wanted = dict.fromkeys(value for stage in plan.stages for value in stage.externals)
+    wanted |= dict.fromkeys(value for site in plan.sites for value in site.weights)
     needed = closure(wanted, plan.analysis.made_by, lambda value: value not in env)
     for eqn in traced.program.equations:
         if eqn in needed:
@@ -46,7 +48,7 @@ class StageFunction:
     """A stage as a function of arrays, for any number of rows R.
 
     (externals, tokens [R] int32, positions [R] int32, reads) -> (writes, sends): reads, writes are in the model's own
-    layout with T replaced by R, but a site's output comes, and q, k, v go, as [R, heads, dim].
+    layout with T replaced by R; what a site gives comes, and what it takes goes, in the layout of its port.
     """
 
     plan: Plan
@@ -60,7 +62,7 @@ class StageFunction:
             args = [env[value] for value in eqn.inputs]
             env.update(zip(eqn.outputs, _evaluate(self.plan.analysis, eqn, args, positions), strict=True))
         writes = tuple(env[value] for value in self.stage.writes)
-        return writes, tuple(send.layout.to_canonical(env[send.value]) for send in self.stage.sends)
+        return writes, tuple(send.port.layout.to_canonical(env[send.value]) for send in self.stage.sends)
 
     def _inputs(
         self, externals: Sequence[jax.Array], tokens: jax.Array, positions: jax.Array, reads: Sequence[jax.Array]
@@ -71,9 +73,9 @@ class StageFunction:
         env[traced.positions] = positions.reshape(row_shape(traced.positions, traced.rows, tokens.shape[0]))
         for value, array in zip(self.stage.externals, externals, strict=True):
             env[value] = self._gathered(value, array, positions)
-        outputs = {value: item for item in self.plan.sites for value in item.site.outputs}
+        outputs = {port.value: port for site in self.plan.sites for port in site.outputs}
         for value, array in zip(self.stage.reads, reads, strict=True):
-            env[value] = outputs[value].layouts.out.from_canonical(array) if value in outputs else array
+            env[value] = outputs[value].layout.from_canonical(array) if value in outputs else array
         return env
 
     def _gathered(self, value: Value, array: jax.Array, positions: jax.Array) -> jax.Array:

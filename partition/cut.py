@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from partition.analysis import Analysis, Axis, Kind
+from partition.errors import UnsupportedSiteError
 from partition.jaxpr import Equation, Value
-from partition.layouts import Layout
-from partition.recognise import Recognised
-from partition.structure import closure, structure_key
+from partition.layouts import Port
+from partition.planned_site import PlannedSite
+from partition.rules import SHAPE_ONLY
+from partition.structure import closure, size_bytes, structure_key
 
-# Position-only and weight-only values are looked up at their smallest form: these only reshape or widen.
-_SHAPE_ONLY = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose", "convert_element_type", "copy"})
 _LARGEST_INLINE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Send:
-    """A value that leaves a stage for tier 2, as [rows, heads, dim]."""
+    """A value that leaves a stage for tier 2: what a site takes through one of its ports, by its index."""
 
     site: int
-    role: Literal["q", "k", "v"]
-    value: Value
-    layout: Layout
+    index: int
+    port: Port
+
+    @property
+    def value(self) -> Value:
+        """What is sent, in the model's layout."""
+        return self.port.value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
     """One dense slice: (weights, tokens, positions, reads) -> (writes, sends).
 
-    reads: token values made by earlier stages (the carry) or by a site (its output, as [rows, heads, dim]).
+    reads: token values made by earlier stages (the carry) or by a site (in the layout of its port).
     writes: token values that later stages read; they stay on tier 1.
     sends: what the sites behind this stage take.
     externals: weights, prepared weights and position tables, in order of first use.
@@ -50,17 +51,17 @@ class Stage:
     key: str
 
 
-def cut(analysis: Analysis, sites: Sequence[Recognised]) -> tuple[Stage, ...]:
+def cut(analysis: Analysis, sites: Sequence[PlannedSite]) -> tuple[Stage, ...]:
     """Stages 0 .. len(sites); stage i may read the outputs of sites before i."""
     return _Cutter(analysis, sites).stages()
 
 
 class _Cutter:
-    def __init__(self, analysis: Analysis, sites: Sequence[Recognised]) -> None:
+    def __init__(self, analysis: Analysis, sites: Sequence[PlannedSite]) -> None:
         self.analysis, self.sites = analysis, sites
         self.program = analysis.traced.program
         self.rows = analysis.traced.rows
-        self.site_outputs = {value: item for item in sites for value in item.site.outputs}
+        self.site_outputs = {port.value: (item, port) for item in sites for port in item.outputs}
         self.inside = {eqn for item in sites for eqn in item.site.equations}
         self.weights = frozenset(analysis.traced.weights)
         self.stage_of = self._stage_of_values()
@@ -68,7 +69,7 @@ class _Cutter:
 
     def _stage_of_values(self) -> dict[Value, int]:
         found = {self.analysis.traced.tokens: 0}
-        found.update({value: item.site.index + 1 for value, item in self.site_outputs.items()})
+        found.update({value: item.site.index + 1 for value, (item, _) in self.site_outputs.items()})
         for eqn in self.program.equations:
             if eqn not in self.inside and self.is_token(eqn.outputs[0]):
                 stage = max(found[value] for value in eqn.inputs if self.is_token(value))
@@ -81,15 +82,14 @@ class _Cutter:
     def _sends(self) -> list[Send]:
         found = []
         for item in self.sites:
-            opening, closing = item.site.opening, item.site.equations[-1]
-            for value, end in item.site.operands:
-                if end == "query":
-                    found.append(Send(site=item.site.index, role="q", value=value, layout=item.layouts.q))
-                elif value in opening.inputs:
-                    found.append(Send(site=item.site.index, role="k", value=value, layout=item.layouts.k))
-                if end == "key" and value in closing.inputs:
-                    found.append(Send(site=item.site.index, role="v", value=value, layout=item.layouts.v))
-        return sorted(found, key=lambda send: (send.site, "qkv".index(send.role)))
+            for index, port in enumerate(item.inputs):
+                if self.stage_of[port.value] > item.site.index:
+                    raise UnsupportedSiteError(
+                        f"the attention opened at {item.site.opening.where} takes {port.value.shape}, which needs its "
+                        "own output or a later one's; allowed: what the layers before it give"
+                    )
+                found.append(Send(site=item.site.index, index=index, port=port))
+        return found
 
     def stages(self) -> tuple[Stage, ...]:
         live = self._live_equations()
@@ -142,8 +142,8 @@ class _Cutter:
         sends: Sequence[Send],
         externals: Sequence[Value],
     ) -> str:
-        site_layouts = [self.site_outputs[value].layouts.out if value in self.site_outputs else None for value in reads]
-        note = f"{site_layouts} {[(send.role, send.layout) for send in sends]} {len(reads)} {len(externals)}"
+        site_layouts = [self.site_outputs[value][1].layout if value in self.site_outputs else None for value in reads]
+        note = f"{site_layouts} {[(send.index, send.port.layout) for send in sends]} {len(reads)} {len(externals)}"
         note += str([self.analysis.facts[value] for value in externals])
         traced = self.analysis.traced
         inputs = (traced.tokens, traced.positions, *reads, *externals)
@@ -177,7 +177,7 @@ class _Cutter:
     def _is_table(self, value: Value) -> bool:
         """Worth a table: one row per position, computed by more than a change of shape."""
         eqn = self.analysis.made_by.get(value)
-        if eqn is None or eqn.primitive in _SHAPE_ONLY or eqn.primitive == "iota":
+        if eqn is None or eqn.primitive in SHAPE_ONLY or eqn.primitive == "iota":
             return False
         labels = self.analysis.facts[value].labels
         return labels.count(Axis.ROW) == 1 and Axis.UNIFORM not in labels
@@ -189,7 +189,7 @@ class _Cutter:
         XLA CPU, a product with a transposed weight is as fast, and a transposed copy of a tied embedding is large.
         """
         eqn = self.analysis.made_by.get(value)
-        if eqn is None or eqn.primitive in _SHAPE_ONLY or self.rows in value.shape or not value.shape:
+        if eqn is None or eqn.primitive in SHAPE_ONLY or self.rows in value.shape or not value.shape:
             return False
         leaves = closure_leaves(value, self.analysis)
         return 0 < size_bytes(value) <= sum(size_bytes(leaf) for leaf in leaves)
@@ -200,11 +200,6 @@ def closure_leaves(value: Value, analysis: Analysis) -> set[Value]:
     equations = closure([value], analysis.made_by, lambda _: True)
     weights = frozenset(analysis.traced.weights)
     return {operand for eqn in equations for operand in eqn.inputs if operand in weights}
-
-
-def size_bytes(value: Value) -> int:
-    """Bytes of a value as traced."""
-    return math.prod(value.shape) * np.dtype(value.dtype).itemsize
 
 
 def _unique(values: Iterable[Value]) -> tuple[Value, ...]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from partition.analysis import Analysis, analyse
 from partition.attention_spec import AttentionSpec
-from partition.cut import Stage, constants_of, cut, size_bytes
+from partition.cut import Stage, constants_of, cut
 from partition.jaxpr import Value
-from partition.recognise import Recognised, recognise
+from partition.planned_site import PlannedSite
+from partition.recognise import plan_site
 from partition.sites import Site, find_sites
+from partition.structure import row_bytes, size_bytes
 from partition.trace import CausalFunction, check_any_rows, trace_causal
 
 
@@ -21,19 +23,14 @@ from partition.trace import CausalFunction, check_any_rows, trace_causal
 class Plan:
     """Stage 0, site 0, stage 1, site 1 ... stage L: a cached decoder derived from a plain causal forward pass.
 
-    stages: L + 1 dense stages. sites: L recognised attention sites.
+    stages: L + 1 dense stages. sites: L attention sites.
     max_rows: the longest sequence (position tables have that many rows).
     """
 
     analysis: Analysis
     stages: tuple[Stage, ...]
-    sites: tuple[Recognised, ...]
+    sites: tuple[PlannedSite, ...]
     max_rows: int
-
-    @property
-    def specs(self) -> tuple[AttentionSpec, ...]:
-        """One attention description per site."""
-        return tuple(item.spec for item in self.sites)
 
     @property
     def constants(self) -> Mapping[Value, Any]:
@@ -53,19 +50,20 @@ class Plan:
     @property
     def num_attention_executables(self) -> int:
         """Attention executables per shape of call."""
-        return len(set(self.specs))
+        return len({site.key for site in self.sites})
 
     def row_bytes(self, value: Value) -> int:
         """Bytes of one row of a token value."""
-        return size_bytes(value) // self.analysis.traced.rows
+        return row_bytes(value, self.analysis.traced.rows)
 
     def weight_bytes(self, stage: Stage) -> int:
         """Bytes of what a stage reads besides rows, as traced (tables at the traced number of rows)."""
         return sum(size_bytes(value) for value in stage.externals)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of cached keys and values per token over all sites, for elements of `itemsize` bytes."""
-        return sum(spec.num_kv_heads * (spec.head_dim + spec.v_head_dim) for spec in self.specs) * itemsize
+        """Bytes cached per token over all sites, for elements of `itemsize` bytes."""
+        cached = [port for site in self.sites for port in site.inputs if port.is_cached]
+        return sum(math.prod(port.layout.inner) for port in cached) * itemsize
 
     def __repr__(self) -> str:
         return "\n".join([self._headline(), *self._stage_lines()])
@@ -80,29 +78,35 @@ class Plan:
 
     def _stage_lines(self) -> list[str]:
         lines = []
-        for _, group in itertools.groupby(self.stages, key=lambda stage: (stage.key, self._spec_after(stage))):
+        for _, group in itertools.groupby(self.stages, key=lambda stage: (stage.key, self._site_key_after(stage))):
             same = list(group)
             name = f"stage {same[0].index}" if len(same) == 1 else f"stages {same[0].index}..{same[-1].index}"
             lines.append(f"  {name}: {self._describe(same[0])}")
-            spec = self._spec_after(same[0])
-            if spec is not None:
+            if same[0].index < len(self.sites):
                 last = same[-1].index
                 where = f"site {same[0].index}" if len(same) == 1 else f"sites {same[0].index}..{last}"
-                lines.append(f"  {where}: {_describe_spec(spec)}")
+                lines.append(f"  {where}: {_describe_site(self.sites[same[0].index])}")
         return lines
 
-    def _spec_after(self, stage: Stage) -> AttentionSpec | None:
-        return self.sites[stage.index].spec if stage.index < len(self.sites) else None
+    def _site_key_after(self, stage: Stage) -> Any:
+        return self.sites[stage.index].key if stage.index < len(self.sites) else None
 
     def _describe(self, stage: Stage) -> str:
         carried = sum(self.row_bytes(value) for value in stage.writes)
-        sent = {send.role: self.row_bytes(send.value) for send in stage.sends}
+        sent = {send.port.name: self.row_bytes(send.value) for send in stage.sends}
         down = ", ".join(f"{role} {count}" for role, count in sent.items())
         parts = [f"{len(stage.equations)} equations", f"weights {self.weight_bytes(stage) / 1e6:.2f} MB"]
         parts.append(f"keeps {carried} B/row" if stage.sends else f"gives {carried} B/row of logits")
         if down:
             parts.append(f"sends {sum(sent.values())} B/row ({down})")
         return ", ".join(parts)
+
+
+def _describe_site(site: PlannedSite) -> str:
+    if site.spec is not None:
+        return _describe_spec(site.spec)
+    cached = ", ".join(f"{port.name} {list(port.layout.inner)}" for port in site.inputs if port.is_cached)
+    return f"causal attention by its own {len(site.site.equations)} equations ({site.unrecognised}); caches {cached}"
 
 
 def _describe_spec(spec: AttentionSpec) -> str:
@@ -113,6 +117,8 @@ def _describe_spec(spec: AttentionSpec) -> str:
     parts.append("full causal" if spec.window is None else f"sliding window {spec.window}")
     if spec.softcap is not None:
         parts.append(f"soft cap {spec.softcap:g}")
+    if spec.alibi_slopes is not None:
+        parts.append("linear biases (ALiBi)")
     return ", ".join(parts)
 
 
@@ -130,16 +136,16 @@ def partition(fn: CausalFunction, params: Any, *, max_rows: int) -> Plan:
     traced = trace_causal(fn, params, max_rows=max_rows)
     analysis = analyse(traced)
     check_any_rows(fn, params, traced, max_rows=max_rows)
-    recognised: dict[str, Recognised] = {}
-    sites = tuple(_recognise_once(analysis, site, recognised, max_rows) for site in find_sites(analysis))
+    known: dict[str, PlannedSite] = {}
+    sites = tuple(_plan_once(analysis, site, known, max_rows) for site in find_sites(analysis))
     return Plan(analysis=analysis, stages=cut(analysis, sites), sites=sites, max_rows=max_rows)
 
 
-def _recognise_once(analysis: Analysis, site: Site, known: dict[str, Recognised], max_rows: int) -> Recognised:
+def _plan_once(analysis: Analysis, site: Site, known: dict[str, PlannedSite], max_rows: int) -> PlannedSite:
     """Sites with equal keys compute the same function, so the probes run once for all of them."""
     if site.key not in known:
-        known[site.key] = recognise(analysis, site, max_rows=max_rows)
-    return dataclasses.replace(known[site.key], site=site)
+        known[site.key] = plan_site(analysis, site, max_rows=max_rows)
+    return known[site.key].of(site)
 
 
 def row_shape(value: Value, traced_rows: int, rows: int) -> tuple[int, ...]:

@@ -41,6 +41,12 @@ class AxisMap:
         return self.mixed[operand] if self.mixed else frozenset()
 
 
+# These change how a value is laid out, ordered, repeated or typed, and nothing else.
+SHAPE_ONLY = frozenset(
+    {"broadcast_in_dim", "reshape", "squeeze", "transpose", "convert_element_type", "copy", "tile", "rev"}
+)
+
+
 def axis_map(eqn: Equation) -> AxisMap:
     """The rule for `eqn`.
 
@@ -232,6 +238,16 @@ def _pad(eqn: Equation) -> AxisMap:
     return _keep_except(eqn, touched)
 
 
+def _tile(eqn: Equation) -> AxisMap:
+    return _keep_except(eqn, frozenset(axis for axis, count in enumerate(eqn.params["reps"]) if count != 1))
+
+
+def _stack(eqn: Equation) -> AxisMap:
+    ndim, new = len(eqn.inputs[0].shape), int(eqn.params["axis"])
+    axes = tuple(axis if axis < new else axis + 1 for axis in range(ndim))
+    return AxisMap(to_output=(axes,) * len(eqn.inputs))
+
+
 def _top_k(eqn: Equation) -> AxisMap:
     return _keep_except(eqn, frozenset({len(eqn.inputs[0].shape) - 1}))
 
@@ -273,6 +289,8 @@ _RULES: dict[str, Callable[[Equation], AxisMap]] = {
     "slice": _resizing,
     "sort": _along("dimension"),
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
     "top_k": _top_k,
     "transpose": _transpose,
 }

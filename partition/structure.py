@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -59,3 +60,13 @@ def structure_key(
         digest.update(f"{eqn.primitive} {sorted(eqn.params.items(), key=lambda p: p[0])} {names} {shapes};".encode())
     digest.update(str([number(value) for value in outputs]).encode())
     return digest.hexdigest()
+
+
+def size_bytes(value: Value) -> int:
+    """Bytes of a value as traced."""
+    return math.prod(value.shape) * np.dtype(value.dtype).itemsize
+
+
+def row_bytes(value: Value, traced_rows: int) -> int:
+    """Bytes of one row of a token value."""
+    return size_bytes(value) // traced_rows

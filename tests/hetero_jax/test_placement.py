@@ -17,10 +17,10 @@ config = hj.EngineConfig(tier1="cpu", attention=sys.argv[1], kv_cache_bytes=1 <<
 engine = hj.Engine(hj.load("random:tiny"), config)
 seen = {"q": set(), "dense": set()}
 attend, run = engine._attention.attend, engine._dense.run
-def spy_attend(site, layout, *qkv):
-    out = attend(site, layout, *qkv)
-    seen["q"] |= {str(d) for d in out.devices()}
-    return out
+def spy_attend(site, layouts, inputs):
+    outputs = attend(site, layouts, inputs)
+    seen["q"] |= {str(d) for array in outputs for d in array.devices()}
+    return outputs
 def spy_run(*args):
     writes, sends = run(*args)
     seen["dense"] |= {str(d) for array in (*writes, *sends) for d in array.devices()}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import zoo_attention
 from partition import TraceError, partition, prepare_weights, reference_attention, stage_functions
 from small_model import SmallModel, library_attention, softmax_attention
 
@@ -68,23 +69,24 @@ def test_stages_equal_the_plain_model(name, rows):
         (MODELS["einsum window"], {"window": 5, "num_kv_heads": 2}),
         (MODELS["soft cap"], {"softcap": 2.0, "scale": pytest.approx(0.9, rel=1e-4)}),
         (MODELS["multi query"], {"num_kv_heads": 1, "num_heads": 6}),
+        (SmallModel(attention=zoo_attention.alibi), {"alibi_slopes": (0.5, 0.25, 0.125, 2**-4, 2**-5, 2**-6)}),
     ],
 )
 def test_site_parameters_are_read_by_running_the_site(model, expected):
     plan = partition(model, model.params(), max_rows=128)
     assert len(plan.sites) == model.layers
-    for spec in plan.specs:
-        assert {name: getattr(spec, name) for name in expected} == expected
+    for site in plan.sites:
+        assert {name: getattr(site.spec, name) for name in expected} == expected
 
 
 def test_a_long_window_is_found_exactly():
     model = SmallModel(layers=1, attention=functools.partial(library_attention, local_window_size=(4095, 0)))
-    assert partition(model, model.params(), max_rows=8192).specs[0].window == 4096
+    assert partition(model, model.params(), max_rows=8192).sites[0].spec.window == 4096
 
 
 def test_window_longer_than_any_sequence_is_full_attention():
     model = SmallModel(layers=1, attention=functools.partial(softmax_attention, window=500))
-    assert partition(model, model.params(), max_rows=256).specs[0].window is None
+    assert partition(model, model.params(), max_rows=256).sites[0].spec.window is None
 
 
 def test_executables_do_not_grow_with_depth():
@@ -126,9 +128,17 @@ def test_last_stage_for_chosen_rows_equals_those_rows():
 def test_grouped_heads_cache_only_kv_heads_and_the_carry_stays():
     plan = partition(SmallModel(), SmallModel().params(), max_rows=64)
     middle = plan.stages[1]
-    assert {send.role: plan.row_bytes(send.value) for send in middle.sends} == {"q": 96, "k": 32, "v": 32}
+    assert {send.port.name: plan.row_bytes(send.value) for send in middle.sends} == {"q": 96, "k": 32, "v": 32}
     assert [plan.row_bytes(value) for value in middle.writes] == [24 * 4]
     assert plan.kv_bytes_per_token(4) == 2 * 2 * 8 * 4
+
+
+def test_keys_repeated_or_widened_before_attention_are_cached_few_and_narrow():
+    model = SmallModel(attention=zoo_attention.upcast_and_repeated)
+    plan = partition(model, model.params(), max_rows=64)
+    sent = {send.port.name: plan.row_bytes(send.value) for send in plan.stages[1].sends}
+    assert sent == {"q": 48, "k": 16, "v": 16}
+    assert plan.sites[0].spec.num_kv_heads == 2
 
 
 def test_plan_prints_stages_sites_and_bytes():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hetero_jax import native_attention as native
-from hetero_jax.attention import AttentionLayout, slots_of
+from hetero_jax.attention_layout import AttentionLayout, slots_of
 from partition import AttentionSpec
 
 

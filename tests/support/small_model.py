@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,10 @@ def rms_norm(x, weight):
 
 @dataclass(frozen=True)
 class SmallModel:
-    """fn(params, tokens [1, T], positions [1, T]) -> logits; `attention`, `mlp` and `rope` can be replaced."""
+    """fn(params, tokens [1, T], positions [1, T]) -> logits; `attention`, `mix` and `encode` can be replaced.
+
+    extra: shapes of further weights of each layer, given to `attention` by name.
+    """
 
     hidden: int = 24
     heads: int = 6
@@ -60,6 +63,7 @@ class SmallModel:
     attention: Callable[..., Any] = library_attention
     mix: Callable[[Any], Any] = field(default=lambda x: x)
     encode: Callable[[Any, Any], Any] = rope
+    extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def params(self, seed: int = 0, dtype=jnp.float32):
         random = np.random.default_rng(seed)
@@ -75,6 +79,7 @@ class SmallModel:
             "norm2": 1 + array(self.hidden),
             "up": array(self.hidden, 40),
             "down": array(40, self.hidden),
+            "extra": {name: array(*shape) for name, shape in self.extra.items()},
         }
         return {"embed": array(self.vocab, self.hidden), "layers": [layer() for _ in range(self.layers)]}
 
@@ -86,7 +91,7 @@ class SmallModel:
             cuts = [self.heads * self.dim, (self.heads + self.kv_heads) * self.dim]
             q, k, v = (part.reshape(batch, rows, -1, self.dim) for part in jnp.split(qkv, cuts, axis=-1))
             q, k = self.encode(q, positions), self.encode(k, positions)
-            attended = self.attention(q, k, v, positions)
+            attended = self.attention(q, k, v, positions, **layer["extra"])
             x = x + attended.reshape(batch, rows, -1) @ layer["out"]
             x = self.mix(x)
             x = x + jax.nn.silu(rms_norm(x, layer["norm2"]) @ layer["up"]) @ layer["down"]

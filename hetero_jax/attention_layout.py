@@ -1,0 +1,42 @@
+"""Which rows of a call belong to which sequence, and where its pages are: what every form of attention takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+# Rows of one prefill tile; a longer chunk is several tiles, so that a call's shapes stay few.
+TILE_ROWS = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionLayout:
+    """Which rows of a call belong to which sequence, and where its pages are. All int32; the same for every site.
+
+    page_table: [S, P] pages of each sequence in order; padded with page 0.
+    first_row: [S] its first row in the call; its rows are consecutive.
+    num_rows: [S] its rows in the call; 0 for padding.
+    context: [S] positions cached once this call's rows are appended; the last row is at position context - 1.
+    row_slot: [R] where each row's key and value go, page * page_size + offset; past the pool for padding.
+    decode: [A] sequences with one row; padded with S - 1, which is always a padding sequence.
+    tile_sequence, tile_offset: [B] sequences with several rows, cut into tiles of TILE_ROWS from row `offset` on.
+    """
+
+    page_table: Any
+    first_row: Any
+    num_rows: Any
+    context: Any
+    row_slot: Any
+    decode: Any
+    tile_sequence: Any
+    tile_offset: Any
+
+
+def slots_of(pages: np.ndarray, start: int, length: int, page_size: int) -> np.ndarray:
+    """[length] slots of positions start .. start+length-1 of a sequence with page table `pages`."""
+    positions = np.arange(start, start + length)
+    return pages[positions // page_size] * page_size + positions % page_size

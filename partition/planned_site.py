@@ -1,0 +1,74 @@
+"""A site as the engine gets it: what goes down, what comes up, and how it is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from partition.attention_spec import AttentionSpec
+from partition.jaxpr import Value
+from partition.layouts import Port
+from partition.site_function import SiteFunction
+from partition.sites import Site
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedSite:
+    """A causal attention site.
+
+    inputs: q, k and v of a recognised site, as [rows, heads, dim]; else the site's operands, their row axis first.
+    outputs: in the order of `site.outputs`; that of a recognised site as [rows, heads, v_head_dim].
+    spec: what a kernel needs to know; None where only the site's own subgraph says what it computes.
+    unrecognised: why there is no spec.
+    """
+
+    site: Site
+    function: SiteFunction
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    spec: AttentionSpec | None
+    unrecognised: str = ""
+
+    @property
+    def weights(self) -> tuple[Value, ...]:
+        """Weights that tier 2 needs to compute the site."""
+        return self.site.weights
+
+    @property
+    def key(self) -> Any:
+        """Equal for sites that can share an executable."""
+        return self.spec if self.spec is not None else self.site.key
+
+    def of(self, site: Site) -> PlannedSite:
+        """The same description of another site with the same key."""
+        operands = dict(zip(self.site.operands, site.operands, strict=True))
+        outputs = dict(zip(self.site.outputs, site.outputs, strict=True))
+
+        def entering(port: Port) -> Port:
+            return dataclasses.replace(port, value=operands[(port.value, "key" if port.is_cached else "query")][0])
+
+        return dataclasses.replace(
+            self,
+            site=site,
+            function=dataclasses.replace(self.function, site=site),
+            inputs=tuple(entering(port) for port in self.inputs),
+            outputs=tuple(dataclasses.replace(port, value=outputs[port.value]) for port in self.outputs),
+        )
+
+    def attend(
+        self, operands: Sequence[jax.Array], query_positions: Any, key_positions: Any, weights: Sequence[jax.Array]
+    ) -> tuple[jax.Array, ...]:
+        """The site's own subgraph on `inputs` and `outputs` as rows.
+
+        Args:
+          operands: [queries or keys, *inner] of each input.
+          query_positions, key_positions: [queries], [keys] int32.
+          weights: of `self.weights`.
+        """
+        rows = [port.layout.from_canonical(array) for port, array in zip(self.inputs, operands, strict=True)]
+        found = self.function(rows, query_positions, key_positions, weights)
+        return tuple(port.layout.to_canonical(array) for port, array in zip(self.outputs, found, strict=True))

@@ -1,0 +1,86 @@
+"""Models of many kinds: accepted ones decode with a cache as the plain forward does, the others are refused by name."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zoo_attention as attention
+from cached_decoding import decode
+from partition import TokenMixingError, UnsupportedSiteError, partition
+from small_model import SmallModel, softmax_attention
+
+
+def _model(operator, **options):
+    return SmallModel(attention=operator, **options)
+
+
+# name -> (model, sites, whether kernels know them)
+ACCEPTED = {
+    "jax.nn": (SmallModel(), 2, True),
+    "repeated heads": (_model(attention.repeated), 2, True),
+    "tiled heads": (_model(attention.tiled_in_front), 2, True),
+    "head major": (_model(attention.head_major), 2, True),
+    "heads by vmap": (_model(attention.by_vmap), 2, True),
+    "heads by loop": (_model(attention.by_loop, layers=1), 6, True),
+    "custom_vjp": (_model(attention.custom_vjp), 2, True),
+    "multiplicative mask": (_model(attention.multiplicative_mask), 2, True),
+    "two attentions": (_model(attention.two_attentions), 4, True),
+    "one token's keys for all layers": (attention.SharedKeysModel(), 2, True),
+    "alibi": (_model(attention.alibi), 2, True),
+    "sigmoid": (_model(attention.sigmoid), 2, False),
+    "T5 bias": (_model(attention.relative_bias, extra={"table": (12, 6)}), 2, False),
+    "additive": (_model(attention.additive, extra={"score": (4,)}), 2, False),
+    "relative values": (_model(attention.relative_values, extra={"table": (12, 4)}), 2, False),
+    "sink logits": (_model(attention.sink_logits, extra={"sinks": (6,)}), 2, False),
+    "differential": (_model(attention.differential), 2, False),
+    "delayed normalisation": (_model(attention.delayed_normalisation), 2, False),
+    "latent": (_model(attention.latent), 2, False),
+    "masked linear": (_model(attention.masked_linear), 2, False),
+    "chunked local": (_model(attention.chunked_local), 2, False),
+    "padding mask from ids": (attention.PaddedModel(), 2, False),
+    "segments from ids": (attention.SegmentedModel(), 2, False),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_cached_decoding_equals_the_plain_forward(name):
+    model, sites, is_known = ACCEPTED[name]
+    params = model.params()
+    plan = partition(model, params, max_rows=64)
+    assert [site.spec is not None for site in plan.sites] == [is_known] * sites
+    random = np.random.default_rng(3)
+    sequences = [random.integers(0, model.vocab, length) for length in (23, 1, 9)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if is_known else "ignore")
+        found = decode(plan, params, sequences)
+    for tokens, logits in zip(sequences, found, strict=True):
+        ids = jnp.asarray(tokens, jnp.int32)[None]
+        expected = np.asarray(model(params, ids, jnp.arange(len(tokens), dtype=jnp.int32)[None])[0])
+        assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+REFUSED = {
+    "bidirectional": (lambda q, k, v, p: softmax_attention(q, k, v, p, offset=1000), "not exactly causal"),
+    "sees one token ahead": (functools.partial(softmax_attention, offset=1), "not exactly causal"),
+    "does not see itself": (functools.partial(softmax_attention, offset=-1, mask_value=-1e30), "not exactly causal"),
+    "sees nothing at first": (functools.partial(softmax_attention, offset=-1), "no finite output"),
+    "leaky mask": (attention.leaky, "not exactly causal"),
+    "slightly leaky mask": (attention.slightly_leaky, "not exactly causal"),
+    "multiplied scores": (attention.multiplied_scores, "not exactly causal"),
+    "softmax over queries": (attention.over_queries, "over their query side|back on the"),
+    "keys that all see": (attention.prefix_bidirectional, "not exactly causal"),
+    "scores and their transpose": (attention.transposed_scores, "with their transpose"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_attention_that_is_not_exactly_causal_is_refused(name):
+    operator, message = REFUSED[name]
+    model = SmallModel(attention=operator)
+    with pytest.raises((UnsupportedSiteError, TokenMixingError), match=message):
+        partition(model, model.params(), max_rows=64)
