@@ -18,9 +18,9 @@ import enum
 import functools
 from dataclasses import dataclass
 
-from partition.errors import TokenMixingError, UnsupportedSiteError
+from partition.errors import TokenMixingError, TraceError, UnsupportedSiteError
 from partition.jaxpr import Equation, Value
-from partition.rules import AxisMap, axis_map
+from partition.rules import RUNNING, AxisMap, axes_by_position, axis_map
 from partition.structure import producers
 from partition.trace import Traced
 
@@ -113,6 +113,7 @@ class _Interpreter:
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         self.rows = traced.rows
+        self.running: list[Value] = []
         self.openings: list[Equation] = []
         self.key_sides: dict[int, int] = {}
         self.absorbed: dict[int, dict[int, int]] = {}
@@ -133,7 +134,7 @@ class _Interpreter:
             if self.facts[value].sides or self.facts[value].kind is not Kind.TOKEN:
                 raise TokenMixingError(f"the logits {value.shape} are not one row per token")
         return Analysis(
-            traced=self.traced,
+            traced=self.traced.with_tables(self.running),
             facts=self.facts,
             openings=tuple(self.openings),
             key_sides=self.key_sides,
@@ -143,12 +144,13 @@ class _Interpreter:
     def step(self, eqn: Equation) -> None:
         operands = [self.facts[value] for value in eqn.inputs]
         kind = max((facts.kind for facts in operands), default=Kind.CONSTANT)
-        if eqn.primitive == "iota":
-            kind, labels = self._iota(eqn)
-        elif self._is_plain(eqn, operands):
+        if self._is_plain(eqn, operands):
             labels = None
         else:
-            labels = self._transfer(eqn, operands, kind)
+            counted = axes_by_position(eqn, self.rows) if kind is not Kind.TOKEN else frozenset()
+            kind = max(kind, Kind.POSITION) if counted else kind
+            labels = self._transfer(eqn, operands, kind, counted)
+            self._check_table(eqn, labels, counted)
         for value in eqn.outputs:
             self.facts[value] = Facts(kind, (Axis.PLAIN,) * len(value.shape) if labels is None else labels)
 
@@ -158,26 +160,47 @@ class _Interpreter:
         makes = any(self.rows in value.shape for value in eqn.outputs)
         return not touches and not makes and all(facts.kind is Kind.CONSTANT for facts in operands)
 
-    def _iota(self, eqn: Equation) -> tuple[Kind, tuple[Label, ...]]:
-        dimension = eqn.params["dimension"]
-        shape = eqn.outputs[0].shape
-        labels: list[Label] = [Axis.UNIFORM if size == self.rows else Axis.PLAIN for size in shape]
-        if shape[dimension] != self.rows:
-            return Kind.CONSTANT, tuple(labels)
-        labels[dimension] = Axis.ROW
-        return Kind.POSITION, tuple(labels)
-
-    def _transfer(self, eqn: Equation, operands: list[Facts], kind: Kind) -> tuple[Label, ...]:
+    def _transfer(
+        self, eqn: Equation, operands: list[Facts], kind: Kind, counted: frozenset[int]
+    ) -> tuple[Label, ...]:
         axes = axis_map(eqn)
-        self._refuse_mixing(eqn, operands, axes)
+        self._refuse_mixing(eqn, operands, axes, counted)
         self._close_sites(eqn, operands, axes)
         labels, token_rows = self._join(eqn, operands, axes)
+        for axis in counted:
+            labels[axis] = Axis.ROW
+        self._refuse_new_rows(eqn, axes, counted)
         return self._settle(eqn, labels, token_rows, kind)
 
-    def _refuse_mixing(self, eqn: Equation, operands: list[Facts], axes: AxisMap) -> None:
+    def _check_table(self, eqn: Equation, labels: tuple[Label, ...], counted: frozenset[int]) -> None:
+        """Tables reach as far as sequences do; a running sum can only be looked up if it has one token axis."""
+        longest = self.traced.max_rows
+        if counted and eqn.primitive == "slice":
+            entries = min(eqn.inputs[0].shape[axis] - eqn.params["start_indices"][axis] for axis in counted)
+            if entries < longest:
+                raise TraceError(
+                    f"the model has {entries} positions in the table {eqn.inputs[0].shape} that it slices at {eqn.where}; "
+                    f"allowed: sequences of at most {entries} tokens, not {longest}"
+                )
+        elif counted and eqn.primitive in RUNNING:
+            if sum(label is not Axis.PLAIN for label in labels) > 1:
+                raise _mixes(eqn, "sums up a value with two token axes")
+            self.running.append(eqn.outputs[0])
+
+    def _refuse_mixing(self, eqn: Equation, operands: list[Facts], axes: AxisMap, counted: frozenset[int]) -> None:
         for index, facts in enumerate(operands):
-            if any(facts.labels[axis] is not Axis.PLAIN for axis in axes.mixed_axes(index)):
+            # What is made by position keeps its rank, so an axis of an operand is that of the output.
+            if any(facts.labels[axis] is not Axis.PLAIN for axis in axes.mixed_axes(index) - counted):
                 raise _mixes(eqn, "moves, drops or combines rows along the token axis")
+
+    def _refuse_new_rows(self, eqn: Equation, axes: AxisMap, counted: frozenset[int]) -> None:
+        """An axis over the tokens comes from one of an operand, from positions, or from repeating a value."""
+        if eqn.primitive in ("broadcast_in_dim", "iota"):
+            return
+        known = {out for targets in axes.to_output for out in targets} | counted
+        new = [axis for axis, size in enumerate(eqn.outputs[0].shape) if size == self.rows and axis not in known]
+        if new:
+            raise _mixes(eqn, "makes one row per token out of what has none")
 
     def _close_sites(self, eqn: Equation, operands: list[Facts], axes: AxisMap) -> None:
         paired: set[tuple[int, int]] = set()

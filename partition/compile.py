@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from partition.analysis import Analysis, Axis, Kind
+from partition.analysis import Axis, Kind
 from partition.cut import Stage
-from partition.jaxpr import Equation, Value
-from partition.plan import Plan, row_shape
-from partition.rules import resized_params
-from partition.structure import closure
+from partition.evaluate import evaluate_rows, evaluate_tables, row_shape
+from partition.jaxpr import Value
+from partition.plan import Plan
 
 
 def prepare_weights(plan: Plan, params: Any) -> dict[Value, jax.Array]:
@@ -34,12 +33,7 @@ def prepare_weights(plan: Plan, params: Any) -> dict[Value, jax.Array]:
     )
     wanted = dict.fromkeys(value for stage in plan.stages for value in stage.externals)
     wanted |= dict.fromkeys(value for site in plan.sites for value in site.weights)
-    needed = closure(wanted, plan.analysis.made_by, lambda value: value not in env)
-    for eqn in traced.program.equations:
-        if eqn in needed:
-            args = [env[value] for value in eqn.inputs]
-            positions = jnp.arange(plan.max_rows, dtype=jnp.int32)
-            env.update(zip(eqn.outputs, _evaluate(plan.analysis, eqn, args, positions), strict=True))
+    env = evaluate_tables(wanted, traced.program, env, traced_rows=traced.rows, max_rows=plan.max_rows)
     return {value: env[value] for value in wanted}
 
 
@@ -60,7 +54,8 @@ class StageFunction:
         env = self._inputs(externals, tokens, positions, reads)
         for eqn in self.stage.equations:
             args = [env[value] for value in eqn.inputs]
-            env.update(zip(eqn.outputs, _evaluate(self.plan.analysis, eqn, args, positions), strict=True))
+            results = evaluate_rows(eqn, args, positions, traced_rows=self.plan.analysis.traced.rows)
+            env.update(zip(eqn.outputs, results, strict=True))
         writes = tuple(env[value] for value in self.stage.writes)
         return writes, tuple(send.port.layout.to_canonical(env[send.value]) for send in self.stage.sends)
 
@@ -103,16 +98,6 @@ class StageFunction:
         if any(value in item.site.outputs for item in self.plan.sites):
             return 0
         return self.plan.analysis.facts[value].labels.index(Axis.ROW)
-
-
-def _evaluate(analysis: Analysis, eqn: Equation, args: list[Any], positions: jax.Array) -> list[Any]:
-    """One equation at another number of rows; every traced axis of `rows` entries becomes `len(positions)`."""
-    traced_rows, rows = analysis.traced.rows, positions.shape[0]
-    shape = row_shape(eqn.outputs[0], traced_rows, rows)
-    if eqn.primitive == "iota" and eqn.outputs[0].shape[eqn.params["dimension"]] == traced_rows:
-        row = positions.astype(eqn.outputs[0].dtype)
-        return [jax.lax.broadcast_in_dim(row, shape, (eqn.params["dimension"],))]
-    return eqn.evaluate(args, resized_params(eqn, shape))
 
 
 def stage_functions(plan: Plan, wrap: Callable[[StageFunction], Any]) -> list[Any]:

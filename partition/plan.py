@@ -146,8 +146,3 @@ def _plan_once(analysis: Analysis, site: Site, known: dict[str, PlannedSite], ma
     if site.key not in known:
         known[site.key] = plan_site(analysis, site, max_rows=max_rows)
     return known[site.key].of(site)
-
-
-def row_shape(value: Value, traced_rows: int, rows: int) -> tuple[int, ...]:
-    """The shape of a token value for another number of rows."""
-    return tuple(rows if size == traced_rows else size for size in value.shape)

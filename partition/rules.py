@@ -47,6 +47,10 @@ SHAPE_ONLY = frozenset(
 )
 
 
+# Entry i is made of the entries 0 .. i.
+RUNNING = frozenset({"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"})
+
+
 def axis_map(eqn: Equation) -> AxisMap:
     """The rule for `eqn`.
 
@@ -62,10 +66,27 @@ def axis_map(eqn: Equation) -> AxisMap:
     return rule(eqn)
 
 
+def axes_by_position(eqn: Equation, rows: int) -> frozenset[int]:
+    """Axes of the output with `rows` entries that are made from their positions alone, given that no operand depends on a
+    token: an arange, the first rows of a longer table, a running sum of constants."""
+    shape = eqn.outputs[0].shape
+    if eqn.primitive == "iota":
+        touched = {eqn.params["dimension"]}
+    elif eqn.primitive == "slice":
+        source, strides = eqn.inputs[0].shape, eqn.params["strides"] or (1,) * len(shape)
+        touched = {axis for axis in range(len(shape)) if source[axis] != shape[axis] and strides[axis] == 1}
+    elif eqn.primitive in RUNNING and not eqn.params["reverse"]:
+        touched = {eqn.params["axis"]}
+    else:
+        touched = set()
+    return frozenset(axis for axis in touched if shape[axis] == rows)
+
+
 def resized_params(eqn: Equation, shape: tuple[int, ...]) -> dict[str, Any]:
     """The parameters of `eqn` when its first output has `shape` instead of the traced one.
 
-    Only sizes of axes that the equation passes through whole may differ; the analysis has refused all others.
+    Only sizes of axes that the equation passes through whole, or makes by position, may differ; the analysis has refused
+    all others.
     """
     params = dict(eqn.params)
     if eqn.primitive in ("broadcast_in_dim", "iota"):
@@ -74,8 +95,9 @@ def resized_params(eqn: Equation, shape: tuple[int, ...]) -> dict[str, Any]:
         params["new_sizes"] = shape
     elif eqn.primitive == "slice":
         traced = eqn.outputs[0].shape
+        bounds = zip(params["start_indices"], params["limit_indices"], shape, traced, strict=True)
         params["limit_indices"] = tuple(
-            limit if now == was else now for limit, now, was in zip(params["limit_indices"], shape, traced, strict=True)
+            limit if now == was else start + now for start, limit, now, was in bounds
         )
     elif eqn.primitive == "dynamic_slice":
         params["slice_sizes"] = shape
@@ -276,7 +298,7 @@ _RULES: dict[str, Callable[[Equation], AxisMap]] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce),
     **dict.fromkeys(("argmax", "argmin"), _arg_reduce),
-    **{name: _along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "split")},
+    **dict.fromkeys((*RUNNING, "split"), _along("axis")),
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _along("dimension"),
     "dot_general": _dot_general,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition.analysis import Analysis, Axis, Kind
+from partition.evaluate import evaluate
 from partition.jaxpr import Equation, Value
 from partition.rules import axis_map, resized_params
 from partition.sites import End, Ends, Site, operand_ends, row_end
@@ -69,13 +70,10 @@ class _Run:
 
     def evaluate(self, eqn: Equation, args: list[Any], ends: Ends) -> list[Any]:
         shape = self.resized(eqn.outputs[0], ends)
-        if eqn.primitive == "iota" and ends[eqn.params["dimension"]] is not None:
-            rows = self.positions[ends[eqn.params["dimension"]] or "query"].astype(eqn.outputs[0].dtype)
-            return [jax.lax.broadcast_in_dim(rows, shape, (eqn.params["dimension"],))]
         params = resized_params(eqn, shape)
         if self.function.widened:
             params = {name: _widen_type(value) for name, value in params.items()}
-        return eqn.evaluate(args, params)
+        return evaluate(eqn, args, shape, [None if end is None else self.positions[end] for end in ends], params)
 
     def resized(self, value: Value, ends: Ends) -> tuple[int, ...]:
         return tuple(

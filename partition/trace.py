@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition.errors import TraceError
+from partition.evaluate import evaluate_tables, row_shape
 from partition.jaxpr import Program, Value, trace
 from partition.rules import resized_params
+from partition.structure import closure, producers
 
 # fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab]
 CausalFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -24,16 +26,33 @@ _LARGEST_TRACE_ROWS = 1021
 class Traced:
     """The program at `rows` tokens. Every dimension equal to `rows` is the token axis or counts tokens.
 
-    position_tables: captured arrays with a token axis (say `np.arange(T)`), here for positions 0 .. max_rows-1.
+    position_tables: values with a token axis that are looked up (say a captured `np.arange(T)`), for positions
+      0 .. max_rows - 1.
     """
 
     program: Program
     rows: int
+    max_rows: int
     weights: tuple[Value, ...]
     weight_names: tuple[str, ...]
     tokens: Value
     positions: Value
     position_tables: dict[Value, Any]
+
+    def with_tables(self, values: Sequence[Value]) -> Traced:
+        """Position-only `values`, which need other positions than their own, as tables too.
+
+        Raises:
+          TraceError: one of them is made of weights.
+        """
+        known = {**self.program.constants, **self.position_tables}
+        known[self.positions] = jnp.arange(self.max_rows).reshape(row_shape(self.positions, self.rows, self.max_rows))
+        equations = closure(values, producers(self.program.equations), lambda value: value not in known)
+        for eqn in equations:
+            if any(value in self.weights for value in eqn.inputs):
+                raise TraceError(f"'{eqn.primitive}' at {eqn.where} sums weights along the token axis; allowed: constants")
+        env = evaluate_tables(values, self.program, known, traced_rows=self.rows, max_rows=self.max_rows)
+        return replace(self, position_tables={**self.position_tables, **{value: env[value] for value in values}})
 
 
 def trace_causal(fn: CausalFunction, params: Any, *, max_rows: int) -> Traced:
@@ -55,6 +74,7 @@ def trace_causal(fn: CausalFunction, params: Any, *, max_rows: int) -> Traced:
     return Traced(
         program=program,
         rows=rows,
+        max_rows=max_rows,
         weights=program.inputs[:count],
         weight_names=tuple(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)),
         tokens=program.inputs[count],
