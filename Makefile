@@ -53,7 +53,7 @@ $(VENV)/.project: pyproject.toml CMakeLists.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml CMakeLists.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,zoo]'
 	touch $@ $(VENV)/.project
 
 $(VENV)/.demo: | $(BIN)/python

@@ -1,4 +1,4 @@
-"""Small random models of other people's libraries (the extra `zoo`), as plain functions `fn(params, tokens, positions)`."""
+"""Small random models of other people's libraries (the extra `zoo`), as functions of parameters, tokens, positions."""
 
 from __future__ import annotations
 

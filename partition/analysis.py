@@ -160,9 +160,7 @@ class _Interpreter:
         makes = any(self.rows in value.shape for value in eqn.outputs)
         return not touches and not makes and all(facts.kind is Kind.CONSTANT for facts in operands)
 
-    def _transfer(
-        self, eqn: Equation, operands: list[Facts], kind: Kind, counted: frozenset[int]
-    ) -> tuple[Label, ...]:
+    def _transfer(self, eqn: Equation, operands: list[Facts], kind: Kind, counted: frozenset[int]) -> tuple[Label, ...]:
         axes = axis_map(eqn)
         self._refuse_mixing(eqn, operands, axes, counted)
         self._close_sites(eqn, operands, axes)
@@ -179,8 +177,8 @@ class _Interpreter:
             entries = min(eqn.inputs[0].shape[axis] - eqn.params["start_indices"][axis] for axis in counted)
             if entries < longest:
                 raise TraceError(
-                    f"the model has {entries} positions in the table {eqn.inputs[0].shape} that it slices at {eqn.where}; "
-                    f"allowed: sequences of at most {entries} tokens, not {longest}"
+                    f"the model has {entries} positions in the table {eqn.inputs[0].shape} that it slices at "
+                    f"{eqn.where}; allowed: sequences of at most {entries} tokens, not {longest}"
                 )
         elif counted and eqn.primitive in RUNNING:
             if sum(label is not Axis.PLAIN for label in labels) > 1:

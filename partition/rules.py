@@ -67,8 +67,10 @@ def axis_map(eqn: Equation) -> AxisMap:
 
 
 def axes_by_position(eqn: Equation, rows: int) -> frozenset[int]:
-    """Axes of the output with `rows` entries that are made from their positions alone, given that no operand depends on a
-    token: an arange, the first rows of a longer table, a running sum of constants."""
+    """Axes of the output with `rows` entries that are made from their positions, if no operand depends on a token.
+
+    They are those of an arange, of the first rows of a longer table, and of a running sum of constants.
+    """
     shape = eqn.outputs[0].shape
     if eqn.primitive == "iota":
         touched = {eqn.params["dimension"]}
@@ -85,8 +87,8 @@ def axes_by_position(eqn: Equation, rows: int) -> frozenset[int]:
 def resized_params(eqn: Equation, shape: tuple[int, ...]) -> dict[str, Any]:
     """The parameters of `eqn` when its first output has `shape` instead of the traced one.
 
-    Only sizes of axes that the equation passes through whole, or makes by position, may differ; the analysis has refused
-    all others.
+    Only sizes of axes that the equation passes through whole, or makes by position, may differ; the analysis has
+    refused all others.
     """
     params = dict(eqn.params)
     if eqn.primitive in ("broadcast_in_dim", "iota"):
@@ -96,9 +98,7 @@ def resized_params(eqn: Equation, shape: tuple[int, ...]) -> dict[str, Any]:
     elif eqn.primitive == "slice":
         traced = eqn.outputs[0].shape
         bounds = zip(params["start_indices"], params["limit_indices"], shape, traced, strict=True)
-        params["limit_indices"] = tuple(
-            limit if now == was else start + now for start, limit, now, was in bounds
-        )
+        params["limit_indices"] = tuple(limit if now == was else start + now for start, limit, now, was in bounds)
     elif eqn.primitive == "dynamic_slice":
         params["slice_sizes"] = shape
     elif eqn.primitive == "gather":

@@ -50,7 +50,9 @@ class Traced:
         equations = closure(values, producers(self.program.equations), lambda value: value not in known)
         for eqn in equations:
             if any(value in self.weights for value in eqn.inputs):
-                raise TraceError(f"'{eqn.primitive}' at {eqn.where} sums weights along the token axis; allowed: constants")
+                raise TraceError(
+                    f"'{eqn.primitive}' at {eqn.where} sums weights along the token axis; allowed: constants"
+                )
         env = evaluate_tables(values, self.program, known, traced_rows=self.rows, max_rows=self.max_rows)
         return replace(self, position_tables={**self.position_tables, **{value: env[value] for value in values}})
 
