@@ -5,7 +5,8 @@ from hetero_jax.engine import Engine, EngineStats
 from hetero_jax.errors import HeteroJaxError
 from hetero_jax.outputs import Completion, Request, Sample
 from hetero_jax.sampling_params import SamplingParams
-from models import load
+from models import Tokenizer, load
+from partition import Plan, partition
 
 __all__ = [
     "Completion",
@@ -13,8 +14,11 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "HeteroJaxError",
+    "Plan",
     "Request",
     "Sample",
     "SamplingParams",
+    "Tokenizer",
     "load",
+    "partition",
 ]

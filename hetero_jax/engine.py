@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import models
 from hetero_jax.attention_tier import AttentionTier
@@ -58,24 +57,45 @@ class EngineStats:
         return self.total_s - self.dense_s - self.attention_s - self.sample_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel:
+    """What an engine knows of a model besides its plan; a `models.LoadedModel` knows more."""
+
+    tokenizer: models.Tokenizer | None
+    name: str = "a plan"
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends a generated text."""
+        return () if self.tokenizer is None else self.tokenizer.eos_token_ids
+
+
 class Engine:
     """Generates text with a partitioned model: dense stages on tier 1, paged attention on tier 2.
 
     Args:
-      model: what `hetero_jax.load` returned.
+      model: what `hetero_jax.load` returned, or the plan of any other model with its parameters.
       config: sizes and placement.
+      tokenizer: of a plan's model; without one, prompts are token ids and texts are empty.
     Raises:
       ConfigError: the configuration does not fit the model or the machine.
       PartitionError: the model cannot be partitioned; the message names the primitive and its source line.
     """
 
-    def __init__(self, model: models.LoadedModel, config: EngineConfig | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: models.LoadedModel | Plan,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: models.Tokenizer | None = None,
+    ) -> None:
+        self.model = PlannedModel(tokenizer=tokenizer) if isinstance(model, Plan) else model
         self.config = config or EngineConfig()
         placement = place(self.config)
-        self.max_model_len = self.config.max_model_len or model.config.max_position_embeddings
-        self.plan, params = _partition_module(model.module, self.max_model_len)
-        dtype = jnp.dtype(self.config.kv_cache_dtype or jax.tree.leaves(params)[0].dtype)
+        self.plan = _plan_of(model, self.config.max_model_len)
+        self.max_model_len = self.config.max_model_len or self.plan.max_rows
+        params = self.plan.forward.params
+        dtype = jnp.dtype(self.config.kv_cache_dtype or _float_dtype(params))
         self._dense = DenseTier(self.plan, params, device=placement.tier1)
         self._attention = AttentionTier(
             self.plan.sites,
@@ -275,14 +295,23 @@ class Engine:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in counts.items()})
 
 
-def _partition_module(module: nnx.Module, max_rows: int) -> tuple[Plan, Any]:
-    """The plan of a Flax module called as module(tokens [B, T], positions [B, T]), and its weights."""
-    graph, params = nnx.split(module)
+def _plan_of(model: models.LoadedModel | Plan, max_model_len: int | None) -> Plan:
+    if not isinstance(model, Plan):
+        return partition(model.module, max_rows=max_model_len or model.config.max_position_embeddings)
+    if (max_model_len or 0) > model.max_rows:
+        raise ConfigError(f"max_model_len={max_model_len}: the plan was made for at most {model.max_rows} tokens")
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model.forward.params)):
+        raise ConfigError("the plan was made from shapes alone; allowed: a plan of parameters that are arrays")
+    return model
 
-    def forward(params: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params)(tokens, positions)
 
-    return partition(forward, params, max_rows=max_rows), params
+def _float_dtype(params: Any) -> Any:
+    """The element type of most numbers: modules may hold counters and random keys too."""
+    sizes: dict[Any, int] = {}
+    for leaf in jax.tree.leaves(params):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + leaf.size
+    return max(sizes, key=sizes.__getitem__)
 
 
 def _check_tier1_memory(config: EngineConfig, dense: DenseTier, attention: AttentionTier) -> None:

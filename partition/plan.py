@@ -11,12 +11,13 @@ from typing import Any
 from partition.analysis import Analysis, analyse
 from partition.attention_spec import AttentionSpec
 from partition.cut import Stage, constants_of, cut
+from partition.forward import Forward, as_forward
 from partition.jaxpr import Value
 from partition.planned_site import PlannedSite
 from partition.recognise import plan_site
 from partition.sites import Site, find_sites
 from partition.structure import row_bytes, size_bytes
-from partition.trace import CausalFunction, check_any_rows, trace_causal
+from partition.trace import check_any_rows, trace_causal
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -25,8 +26,10 @@ class Plan:
 
     stages: L + 1 dense stages. sites: L attention sites.
     max_rows: the longest sequence (position tables have that many rows).
+    forward: the plain forward pass and its parameters.
     """
 
+    forward: Forward
     analysis: Analysis
     stages: tuple[Stage, ...]
     sites: tuple[PlannedSite, ...]
@@ -122,23 +125,26 @@ def _describe_spec(spec: AttentionSpec) -> str:
     return ", ".join(parts)
 
 
-def partition(fn: CausalFunction, params: Any, *, max_rows: int) -> Plan:
+def partition(model: Any, params: Any = None, *, max_rows: int = 4096) -> Plan:
     """Find the attention of a causal language model, prove the rest token-wise, and cut there.
 
     Args:
-      fn: `fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab]`, a plain forward pass.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read.
-      max_rows: the longest sequence that will be asked for.
+      model: a plain forward pass over tokens [1, T] int32 that returns logits [1, T, vocab]: a function
+        `fn(params, tokens[, positions][, mask])`, an `nnx.Module`, or a linen module bound to its variables, called as
+        `module(tokens[, positions][, mask])`. positions and mask are [1, T] int32; the mask is all ones.
+      params: of a function: pytree of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read here.
+      max_rows: the longest sequence that will be asked for, in tokens.
 
     Raises:
       PartitionError: what cannot be partitioned, with the primitive and the model's source line.
     """
-    traced = trace_causal(fn, params, max_rows=max_rows)
+    forward = as_forward(model, params)
+    traced = trace_causal(forward, max_rows=max_rows)
     analysis = analyse(traced)
-    check_any_rows(fn, params, traced, max_rows=max_rows)
+    check_any_rows(forward, traced)
     known: dict[str, PlannedSite] = {}
     sites = tuple(_plan_once(analysis, site, known, max_rows) for site in find_sites(analysis))
-    return Plan(analysis=analysis, stages=cut(analysis, sites), sites=sites, max_rows=max_rows)
+    return Plan(forward=forward, analysis=analysis, stages=cut(analysis, sites), sites=sites, max_rows=max_rows)
 
 
 def _plan_once(analysis: Analysis, site: Site, known: dict[str, PlannedSite], max_rows: int) -> PlannedSite:

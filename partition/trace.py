@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,10 @@ import numpy as np
 
 from partition.errors import TraceError
 from partition.evaluate import evaluate_tables, row_shape
+from partition.forward import Forward
 from partition.jaxpr import Program, Value, trace
 from partition.rules import resized_params
 from partition.structure import closure, producers
-
-# fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab]
-CausalFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 _LARGEST_TRACE_ROWS = 1021
 
@@ -57,20 +55,18 @@ class Traced:
         return replace(self, position_tables={**self.position_tables, **{value: env[value] for value in values}})
 
 
-def trace_causal(fn: CausalFunction, params: Any, *, max_rows: int) -> Traced:
-    """Trace `fn` at a number of rows that no weight has as a dimension.
+def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
+    """Trace a forward pass at a number of rows that no weight has as a dimension.
 
     Args:
-      fn: `fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab]`.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`.
       max_rows: the longest sequence that will ever be asked for (bounds position tables).
 
     Raises:
       TraceError: not traceable, or no logits per token come out.
     """
-    leaves = jax.tree.leaves(params)
-    rows = _unlike_dimensions(params, max_rows)[0]
-    program = _trace_at(fn, params, rows)
+    leaves = jax.tree_util.tree_leaves_with_path(forward.params)
+    rows = _unlike_dimensions(forward.params, max_rows)[0]
+    program = _trace_at(forward, rows)
     _check_output(program, rows)
     count = len(leaves)
     return Traced(
@@ -78,27 +74,27 @@ def trace_causal(fn: CausalFunction, params: Any, *, max_rows: int) -> Traced:
         rows=rows,
         max_rows=max_rows,
         weights=program.inputs[:count],
-        weight_names=tuple(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)),
+        weight_names=tuple(jax.tree_util.keystr(path) for path, _ in leaves),
         tokens=program.inputs[count],
         positions=program.inputs[count + 1],
-        position_tables=_position_tables(fn, params, program, rows, max_rows),
+        position_tables=_position_tables(forward, program, rows, max_rows),
     )
 
 
-def _trace_at(fn: CausalFunction, params: Any, rows: int) -> Program:
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+def _trace_at(forward: Forward, rows: int) -> Program:
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), forward.params)
     tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
-    return trace(fn, abstract, tokens, tokens)
+    return trace(forward.fn, abstract, tokens, tokens)
 
 
-def check_any_rows(fn: CausalFunction, params: Any, traced: Traced, *, max_rows: int) -> None:
+def check_any_rows(forward: Forward, traced: Traced) -> None:
     """Prove that the program at any number of rows is the traced one resized, by tracing at a second number.
 
     Raises:
       TraceError: what the model computes depends on the number of tokens itself.
     """
-    other = _unlike_dimensions(params, max_rows)[1]
-    _check_resized(traced.program, traced.rows, _trace_at(fn, params, other), other)
+    other = _unlike_dimensions(forward.params, traced.max_rows)[1]
+    _check_resized(traced.program, traced.rows, _trace_at(forward, other), other)
 
 
 def _unlike_dimensions(params: Any, max_rows: int) -> tuple[int, int]:
@@ -167,7 +163,7 @@ def _same_constants(
     return True
 
 
-def _position_tables(fn: CausalFunction, params: Any, program: Program, rows: int, max_rows: int) -> dict[Value, Any]:
+def _position_tables(forward: Forward, program: Program, rows: int, max_rows: int) -> dict[Value, Any]:
     """Captured arrays with a token axis, re-captured at the largest number of rows."""
     tables = [value for value in program.constants if rows in value.shape]
     if not tables:
@@ -178,7 +174,7 @@ def _position_tables(fn: CausalFunction, params: Any, program: Program, rows: in
             f"the model captures an array with two token axes, {square[0]}, while it is traced; "
             "allowed: masks made with jax.numpy inside the call (not with NumPy)"
         )
-    at_most = _trace_at(fn, params, max_rows)
+    at_most = _trace_at(forward, max_rows)
     order = {value: index for index, value in enumerate(program.constants)}
     captured = list(at_most.constants.values())
     return {value: captured[order[value]] for value in tables}

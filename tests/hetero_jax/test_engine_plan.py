@@ -1,0 +1,49 @@
+"""The engine serves the plan of any model that was partitioned, with or without a tokenizer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hetero_jax as hj
+from hetero_jax.errors import ConfigError, RequestError
+from small_model import SmallModel
+
+MODEL = SmallModel()
+CONFIG = hj.EngineConfig(kv_cache_bytes=1 << 18, page_size=4, max_num_batched_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def plan() -> hj.Plan:
+    return hj.partition(MODEL, MODEL.params(), max_rows=64)
+
+
+def _greedy(prompt: list[int], count: int) -> list[int]:
+    plain, ids = jax.jit(MODEL.__call__), list(prompt)
+    for _ in range(count):
+        # Causal, so padding behind the sequence changes nothing.
+        padded = np.pad(ids, (0, 32 - len(ids)))[None]
+        ids.append(int(plain(MODEL.params(), jnp.asarray(padded), jnp.arange(32)[None])[0, len(ids) - 1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_an_engine_of_a_plan_generates_what_the_plain_model_does(plan):
+    engine = hj.Engine(plan, CONFIG)
+    prompts = [[1, 2, 3], list(range(20)), [30]]
+    for completion in engine.generate(prompts, hj.SamplingParams(max_tokens=6, temperature=0)):
+        assert list(completion.token_ids) == _greedy(prompts[int(completion.id)], 6)
+
+
+def test_text_needs_a_tokenizer(plan):
+    with pytest.raises(RequestError, match="'a plan' has no tokenizer"):
+        list(hj.Engine(plan, CONFIG).generate("Hello"))
+
+
+def test_plans_that_no_engine_can_serve_are_refused(plan):
+    with pytest.raises(ConfigError, match="max_model_len=65: the plan was made for at most 64 tokens"):
+        hj.Engine(plan, hj.EngineConfig(max_model_len=65))
+    shapes = jax.eval_shape(MODEL.params)
+    with pytest.raises(ConfigError, match="made from shapes alone"):
+        hj.Engine(hj.partition(MODEL, shapes, max_rows=64), CONFIG)
