@@ -20,7 +20,7 @@ class DenseTier:
         self.device = device
         self._plan = plan
         with jax.default_device(device):
-            self.prepared = prepare_weights(plan, jax.device_put(params, device))
+            self.prepared = prepare_weights(plan, params, device)
         self._externals = [tuple(self.prepared[value] for value in stage.externals) for stage in plan.stages]
         self._stages = stage_functions(plan, jax.jit)
         self._selects = stage_functions(plan, _jit_select)

@@ -92,9 +92,9 @@ class Engine:
         self.model = PlannedModel(tokenizer=tokenizer) if isinstance(model, Plan) else model
         self.config = config or EngineConfig()
         placement = place(self.config)
-        self.plan = _plan_of(model, self.config.max_model_len)
-        self.max_model_len = self.config.max_model_len or self.plan.max_rows
-        params = self.plan.forward.params
+        plan = _plan_of(model, self.config.max_model_len)
+        params, self.plan = plan.forward.params, plan.of_shapes()  # of stacked weights only slices are needed from here
+        self.max_model_len = self.config.max_model_len or plan.max_rows
         dtype = jnp.dtype(self.config.kv_cache_dtype or _float_dtype(params))
         self._dense = DenseTier(self.plan, params, device=placement.tier1)
         self._attention = AttentionTier(

@@ -16,11 +16,12 @@ from partition.jaxpr import Value
 from partition.plan import Plan
 
 
-def prepare_weights(plan: Plan, params: Any) -> dict[Value, jax.Array]:
+def prepare_weights(plan: Plan, params: Any, device: Any = None) -> dict[Value, jax.Array]:
     """Everything that the stages read besides rows: weights, values made of weights alone, and position tables.
 
     Args:
       params: the pytree that the plan was made from, with arrays.
+      device: where they are put, each by itself: of the stacked weights of a scan it only gets the slices.
     Returns:
       an array for each external of each stage and each weight of a site; position tables have
       `plan.max_rows` rows along their row axis.
@@ -34,7 +35,7 @@ def prepare_weights(plan: Plan, params: Any) -> dict[Value, jax.Array]:
     wanted = dict.fromkeys(value for stage in plan.stages for value in stage.externals)
     wanted |= dict.fromkeys(value for site in plan.sites for value in site.weights)
     env = evaluate_tables(wanted, traced.program, env, traced_rows=traced.rows, max_rows=plan.max_rows)
-    return {value: env[value] for value in wanted}
+    return {value: jax.device_put(env[value], device) for value in wanted}
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from partition.jaxpr import Equation, Value
 from partition.layouts import Port
 from partition.planned_site import PlannedSite
 from partition.rules import SHAPE_ONLY
-from partition.structure import closure, size_bytes, structure_key
+from partition.structure import closure, in_order_of_need, size_bytes, structure_key
 
 _LARGEST_INLINE_BYTES = 1 << 16
 
@@ -115,8 +115,8 @@ class _Cutter:
         later |= set(self.program.outputs)
         writes = tuple(value for eqn in mine for value in eqn.outputs if value in later)
         helpers, externals = self._support(needed)
-        order = {eqn: position for position, eqn in enumerate(self.program.equations)}
-        equations = tuple(sorted({*mine, *helpers}, key=order.__getitem__))
+        results = [*writes, *(send.value for send in sends)]
+        equations = in_order_of_need(results, self.analysis.made_by, {*mine, *helpers})
         externals = self._in_order_of_use(equations, sends, externals)
         return Stage(
             index=index,
@@ -189,6 +189,8 @@ class _Cutter:
         XLA CPU, a product with a transposed weight is as fast, and a transposed copy of a tied embedding is large.
         """
         eqn = self.analysis.made_by.get(value)
+        if eqn is not None and eqn.primitive == "take_layer":
+            return True  # each layer takes its slice, and all the same executable
         if eqn is None or eqn.primitive in SHAPE_ONLY or self.rows in value.shape or not value.shape:
             return False
         leaves = closure_leaves(value, self.analysis)
@@ -196,10 +198,15 @@ class _Cutter:
 
 
 def closure_leaves(value: Value, analysis: Analysis) -> set[Value]:
-    """The weights that a constant value is made from."""
-    equations = closure([value], analysis.made_by, lambda _: True)
+    """The weights, or one layer's slices of them, that a constant value is made from."""
     weights = frozenset(analysis.traced.weights)
-    return {operand for eqn in equations for operand in eqn.inputs if operand in weights}
+
+    def is_leaf(each: Value) -> bool:
+        eqn = analysis.made_by.get(each)
+        return each in weights or (eqn is not None and eqn.primitive == "take_layer")
+
+    equations = closure([value], analysis.made_by, lambda each: not is_leaf(each))
+    return {operand for eqn in equations for operand in eqn.inputs if is_leaf(operand)}
 
 
 def _unique(values: Iterable[Value]) -> tuple[Value, ...]:

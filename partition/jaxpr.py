@@ -1,6 +1,7 @@
 """The one file that touches JAX's jaxpr classes: a function becomes a flat, plain `Program`.
 
-Inline calls (jit, remat, custom_jvp/vjp, closed calls) are expanded, so that the analysis sees one list of equations.
+Inline calls (jit, remat, custom_jvp/vjp, closed calls) are expanded and scans over layers unrolled, so that the
+analysis sees one list of equations. One primitive is ours: 'take_layer', one layer's slice of what a scan runs over.
 Runs on JAX 0.10.2 to 0.12 (from 0.11 a ClosedJaxpr is itself a Jaxpr).
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
@@ -67,8 +69,12 @@ class Program:
     constants: Mapping[Value, Any]
 
 
-def trace(fn: Callable[..., Any], *args: Any) -> Program:
-    """Flat program of `fn(*args)`; args are pytrees of arrays or `jax.ShapeDtypeStruct`.
+def trace(fn: Callable[..., Any], *args: Any, rows: int | None = None) -> Program:
+    """Flat program of `fn(*args)` without what its outputs do not need.
+
+    Args:
+      args: pytrees of arrays or `jax.ShapeDtypeStruct`.
+      rows: scans of so many steps run along the tokens and stay; all others are unrolled.
 
     Raises:
       TraceError: JAX could not trace the function.
@@ -77,21 +83,31 @@ def trace(fn: Callable[..., Any], *args: Any) -> Program:
         closed = jax.make_jaxpr(fn)(*args)
     except Exception as error:
         raise TraceError(f"the model could not be traced: {type(error).__name__}: {error}") from error
-    flattener = _Flattener()
+    flattener = _Flattener(rows)
     inputs = [flattener.new(var.aval) for var in closed.jaxpr.invars]
     outputs = flattener.inline(closed.jaxpr, closed.consts, inputs)
     return Program(
         inputs=tuple(inputs),
         outputs=tuple(outputs),
-        equations=tuple(flattener.equations),
+        equations=tuple(_live(flattener.equations, outputs)),
         constants=flattener.constants,
     )
 
 
-class _Flattener:
-    """Expands inline calls; equations that repeat an earlier one (the same rotary table in every layer) become it."""
+def _live(equations: Sequence[Equation], outputs: Sequence[Value]) -> list[Equation]:
+    needed, kept = set(outputs), []
+    for eqn in reversed(equations):
+        if not needed.isdisjoint(eqn.outputs):
+            needed.update(eqn.inputs)
+            kept.append(eqn)
+    return kept[::-1]
 
-    def __init__(self) -> None:
+
+class _Flattener:
+    """Expands calls and scans; equations that repeat an earlier one (the same rotary table in each layer) become it."""
+
+    def __init__(self, rows: int | None) -> None:
+        self.rows = rows
         self.equations: list[Equation] = []
         self.constants: dict[Value, Any] = {}
         self.known: dict[Any, list[Value]] = {}
@@ -106,7 +122,7 @@ class _Flattener:
                 self.known[key] = [self.new(aval)]
             value = self.known[key][0]
         else:
-            value = self.new(aval)
+            value = self.known.setdefault(("array", id(array)), [self.new(aval)])[0]  # the body of a scan comes often
         self.constants[value] = array
         return value
 
@@ -137,10 +153,70 @@ class _Flattener:
             inner = eqn.params.get(_INLINE.get(eqn.primitive.name, ""))
             if inner is not None:
                 results = self.inline(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, where)
+            elif eqn.primitive.name == "scan" and eqn.params["length"] != self.rows:
+                results = self.unroll(eqn.params, operands, where)
             else:
                 results = self.add(eqn, operands, where)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def unroll(self, params: Mapping[str, Any], operands: Sequence[Value], where: str) -> list[Value]:
+        """The equations of every step of a scan."""
+        body, (num_consts, num_carry) = params["jaxpr"], _scan_counts(params)
+        consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
+        collected: list[Sequence[Value]] = []
+        for index in range(params["length"]):
+            step = params["length"] - 1 - index if params["reverse"] else index
+            layer = [self.take_layer(value, step, where) for value in operands[num_consts + num_carry :]]
+            inner, captured = getattr(body, "jaxpr", body), getattr(body, "consts", ())
+            results = self.inline(inner, captured, [*consts, *carry, *layer], where)
+            carry = results[:num_carry]
+            collected.append(results[num_carry:])
+        ordered = collected[::-1] if params["reverse"] else collected
+        return [*carry, *(self.stack(layers, where) for layers in zip(*ordered, strict=True))]
+
+    def take_layer(self, value: Value, index: int, where: str) -> Value:
+        key = ("take_layer", value, index)
+        if key not in self.known:
+            self.known[key] = [
+                self.own(
+                    "take_layer",
+                    [value],
+                    value.shape[1:],
+                    where,
+                    lambda array, *, index: jnp.asarray(array[index]),
+                    index=index,
+                )
+            ]
+        return self.known[key][0]
+
+    def stack(self, layers: Sequence[Value], where: str) -> Value:
+        shape = (len(layers), *layers[0].shape)
+        return self.own("stack", layers, shape, where, lambda *arrays, axis: jnp.stack(arrays, axis), axis=0)
+
+    def own(
+        self,
+        primitive: str,
+        inputs: Sequence[Value],
+        shape: tuple[int, ...],
+        where: str,
+        bind: Callable[..., Any],
+        **params: Any,
+    ) -> Value:
+        """The result of an equation that is in no jaxpr."""
+        made = Value(shape, inputs[0].dtype)
+        self.equations.append(
+            Equation(primitive=primitive, inputs=tuple(inputs), outputs=(made,), params=params, where=where, bind=bind)
+        )
+        return made
+
+
+def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Operands of a scan that are constant, and that are carried; JAX 0.12 keeps them as trees."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
 
 
 def _equation(eqn: Any, inputs: Sequence[Value], outputs: Sequence[Value], where: str) -> Equation:

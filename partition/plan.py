@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import jax
 
 from partition.analysis import Analysis, analyse
 from partition.attention_spec import AttentionSpec
@@ -34,6 +36,11 @@ class Plan:
     stages: tuple[Stage, ...]
     sites: tuple[PlannedSite, ...]
     max_rows: int
+
+    def of_shapes(self) -> Plan:
+        """The same plan, which keeps no parameters alive."""
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.forward.params)
+        return replace(self, forward=replace(self.forward, params=shapes))
 
     @property
     def constants(self) -> Mapping[Value, Any]:

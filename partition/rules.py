@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from partition.errors import UnsupportedPrimitiveError
+from partition.errors import TokenMixingError, UnsupportedPrimitiveError
 from partition.jaxpr import Equation
 
 Axes = tuple[int | None, ...]
@@ -58,6 +58,11 @@ def axis_map(eqn: Equation) -> AxisMap:
       UnsupportedPrimitiveError: the table has no rule for the primitive.
     """
     rule = _RULES.get(eqn.primitive)
+    if rule is None and eqn.primitive == "scan":
+        raise TokenMixingError(
+            f"'scan' at {eqn.where} takes {eqn.params['length']} steps along the token axis, each from the last: a "
+            "recurrence; allowed: scans over layers"
+        )
     if rule is None:
         raise UnsupportedPrimitiveError(
             f"primitive '{eqn.primitive}' at {eqn.where} has no rule, so it cannot be proven token-wise; "
@@ -279,6 +284,10 @@ def _arg_reduce(eqn: Equation) -> AxisMap:
     return AxisMap(to_output=(_without(len(eqn.inputs[0].shape), gone),), mixed=(gone,))
 
 
+def _take_layer(eqn: Equation) -> AxisMap:
+    return AxisMap(to_output=(_without(len(eqn.inputs[0].shape), frozenset({0})),), mixed=(frozenset({0}),))
+
+
 def _iota(eqn: Equation) -> AxisMap:
     return AxisMap(to_output=tuple(() for _ in eqn.inputs))
 
@@ -312,6 +321,7 @@ _RULES: dict[str, Callable[[Equation], AxisMap]] = {
     "sort": _along("dimension"),
     "squeeze": _squeeze,
     "stack": _stack,
+    "take_layer": _take_layer,
     "tile": _tile,
     "top_k": _top_k,
     "transpose": _transpose,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,24 @@ def closure(
         found.add(eqn)
         stack.extend(eqn.inputs)
     return found
+
+
+def in_order_of_need(
+    roots: Iterable[Value], made_by: Mapping[Value, Equation], members: Collection[Equation]
+) -> tuple[Equation, ...]:
+    """The `members` that `roots` need, operands first. The order is the same wherever the program has each of them."""
+    ordered: dict[Equation, None] = {}
+    stack = [(made_by.get(value), False) for value in reversed(list(roots))]
+    while stack:
+        eqn, is_ready = stack.pop()
+        if eqn is None or eqn in ordered or eqn not in members:
+            continue
+        if is_ready:
+            ordered[eqn] = None
+        else:
+            stack.append((eqn, True))
+            stack.extend((made_by.get(value), False) for value in reversed(eqn.inputs))
+    return tuple(ordered)
 
 
 def structure_key(

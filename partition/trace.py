@@ -84,7 +84,7 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
 def _trace_at(forward: Forward, rows: int) -> Program:
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), forward.params)
     tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
-    return trace(forward.fn, abstract, tokens, tokens)
+    return trace(forward.fn, abstract, tokens, tokens, rows=rows)
 
 
 def check_any_rows(forward: Forward, traced: Traced) -> None:

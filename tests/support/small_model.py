@@ -85,14 +85,18 @@ class SmallModel:
 
     def __call__(self, params, tokens, positions):
         x = params["embed"][tokens]
-        batch, rows = tokens.shape
         for layer in params["layers"]:
-            qkv = rms_norm(x, layer["norm"]) @ layer["qkv"]
-            cuts = [self.heads * self.dim, (self.heads + self.kv_heads) * self.dim]
-            q, k, v = (part.reshape(batch, rows, -1, self.dim) for part in jnp.split(qkv, cuts, axis=-1))
-            q, k = self.encode(q, positions), self.encode(k, positions)
-            attended = self.attention(q, k, v, positions, **layer["extra"])
-            x = x + attended.reshape(batch, rows, -1) @ layer["out"]
-            x = self.mix(x)
-            x = x + jax.nn.silu(rms_norm(x, layer["norm2"]) @ layer["up"]) @ layer["down"]
+            x = self.block(x, layer, positions)
         return x @ params["embed"].T
+
+    def block(self, x, layer, positions):
+        """One layer, [1, T, hidden] to the same."""
+        batch, rows = x.shape[:2]
+        qkv = rms_norm(x, layer["norm"]) @ layer["qkv"]
+        cuts = [self.heads * self.dim, (self.heads + self.kv_heads) * self.dim]
+        q, k, v = (part.reshape(batch, rows, -1, self.dim) for part in jnp.split(qkv, cuts, axis=-1))
+        q, k = self.encode(q, positions), self.encode(k, positions)
+        attended = self.attention(q, k, v, positions, **layer["extra"])
+        x = x + attended.reshape(batch, rows, -1) @ layer["out"]
+        x = self.mix(x)
+        return x + jax.nn.silu(rms_norm(x, layer["norm2"]) @ layer["up"]) @ layer["down"]
