@@ -40,7 +40,7 @@ _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192", "conv"], f"Tok
 _BATCHES = flags.DEFINE_list("batches", ["1", "16", "64"], "Sequences of a decode call.")
 _KV_HEADS = flags.DEFINE_integer("num_kv_heads", 4, "KV heads.")
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Token positions in a page.")
-_PARTS = flags.DEFINE_list("parts", ["decode", "beside", "prefill", "mixed", "threads"], "What is measured.")
+_PARTS = flags.DEFINE_list("parts", ["decode", "beside", "prefill", "mixed", "shared", "threads"], "What is measured.")
 
 _ROTATE_BYTES = 256 << 20  # several times the caches
 _RUNS, _RUN_SECONDS = 6, 0.05
@@ -51,10 +51,11 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """`new` rows of a sequence at the end of a context of `context` positions."""
+    """`new` rows of a sequence at the end of a context of `context` positions, the first `shared` in common pages."""
 
     context: int
     new: int = 1
+    shared: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,8 @@ def main(argv: list[str]) -> None:
     print(f"{cores} cores, instruction set {native_attention.usable_isas()[0]}, JAX {jax.__version__}")
     print(f"read {read_bandwidth(cores) / 1e9:.1f} GB/s; one core {read_bandwidth(1) / 1e9:.1f} GB/s")
     print("; ".join(f"{name} {peak / 1e9:.0f} G multiply-adds/s" for name, peak in peaks.items()) + "\n", flush=True)
-    parts = {"decode": _decode, "beside": _beside, "prefill": _prefill, "mixed": _mixed, "threads": _threads}
+    parts = {"decode": _decode, "beside": _beside, "prefill": _prefill, "mixed": _mixed}
+    parts |= {"shared": _shared, "threads": _threads}
     for name in _PARTS.value:
         parts[name](roofs)
         print(flush=True)
@@ -149,6 +151,19 @@ def _mixed(roofs: Roofs) -> None:
             print_row([*_where(dtype, spec), *figures])
 
 
+def _shared(roofs: Roofs) -> None:
+    """32 sequences with 2048 positions in common pages and 64 of their own, against 2112 of their own."""
+    del roofs
+    print_header(["dtype", "group", "head", "unshared ms", "shared ms", "times faster"])
+    for dtype in _DTYPES.value:
+        for spec in _specs():
+            apart, together = (
+                _seconds(_native_call(spec, dtype, [Rows(context=2112, shared=shared)] * 32)) for shared in (0, 2048)
+            )
+            figures = (f"{apart * 1e3:.2f}", f"{together * 1e3:.2f}", f"{apart / together:.1f}")
+            print_row([*_where(dtype, spec), *figures])
+
+
 def _threads(roofs: Roofs) -> None:
     """One thread against all, and one long sequence among short ones against as many bytes in even ones."""
     del roofs
@@ -207,12 +222,14 @@ def _kv_bytes(spec: AttentionSpec, dtype: str, rows: Iterable[Rows]) -> int:
 def _layout(rows: list[Rows]) -> tuple[AttentionLayout, int]:
     """Sequences in pages given out at random, and the number of pages; decode rows alone serve the jax.numpy form."""
     size = _PAGE_SIZE.value
-    counts = [-(-r.context // size) for r in rows]
-    num_pages = sum(counts)
+    common = max(r.shared for r in rows) // size
+    counts = [-(-r.context // size) - r.shared // size for r in rows]
+    num_pages = common + sum(counts)
     free = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
-    table = np.zeros((len(rows) + 1, max(counts)), np.int32)
+    table = np.zeros((len(rows) + 1, max(-(-r.context // size) for r in rows)), np.int32)
     slots = []
-    for index, (r, pages) in enumerate(zip(rows, np.split(free, np.cumsum(counts)[:-1]), strict=True)):
+    for index, (r, own) in enumerate(zip(rows, np.split(free[common:], np.cumsum(counts)[:-1]), strict=True)):
+        pages = np.concatenate([free[: r.shared // size], own])
         table[index, : len(pages)] = pages
         slots.append(slots_of(pages, r.context - r.new, r.new, size))
     new = np.array([r.new for r in rows] + [0], np.int32)

@@ -1,14 +1,16 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <numeric>
 #include <sstream>
+#include <utility>
 
 namespace hetero_jax {
 namespace {
 
 // Items per thread that the work is cut into at least: the last ones to finish waste at most a part of an item.
 constexpr int64_t kItemsPerThread = 8;
-// From this many query vectors on a pass over keys and values computes longer than it loads.
+// From so many query vectors on a pass over keys and values computes longer than it loads.
 constexpr int64_t kComputeBound = 32;
 
 template <class... Parts>
@@ -64,20 +66,153 @@ void add_rows(const Call& call, const Tables& tables, int64_t s, Plan* plan) {
   }
 }
 
-// One item per KV head for rows [begin, begin + count) of the plan and tiles [first, end).
-void add_items(const Call& call, const Tables& tables, int64_t s, int64_t begin, int64_t count, int64_t first,
-               int64_t end, bool complete, Plan* plan) {
+// Consecutive rows of the plan that pass over tiles [first, end) of one page table together.
+struct Span {
+  int64_t sequence;  // whose page table: of the first row
+  int64_t context;   // positions that every sequence of the rows holds
+  int64_t begin, count, first, end;
+};
+
+// The sequences of a call as a tree of common prefixes: what several page tables begin with is passed over once, by the
+// rows of all of them (Bifurcated Attention, arXiv 2403.08845, at any depth: RadixAttention, arXiv 2312.07104).
+class Sharing {
+ public:
+  Sharing(const Call& call, const Tables& tables, Plan* plan)
+      : call_(call), tables_(tables), item_rows_(std::max<int64_t>(1, kItemVectors / call.group)) {
+    for (int64_t s = 0; s < tables.sequences; ++s)
+      if (tables.num_rows[s]) order_.push_back(s);
+    // Equal beginnings become neighbours. Behind a window they are skipped, not shared.
+    if (!call.window) std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return before(a, b); });
+    for (int64_t s : order_) {
+      begins_.push_back(static_cast<int64_t>(plan->rows.size()));
+      add_rows(call, tables, s, plan);
+    }
+    begins_.push_back(static_cast<int64_t>(plan->rows.size()));
+    branch(0, order_.size(), 0, *plan);
+  }
+
+  std::vector<Span> spans;
+
+ private:
+  const int32_t* pages(size_t i) const { return tables_.page_table + order_[i] * tables_.pages_per_sequence; }
+  int64_t held(int64_t s) const { return (tables_.context[s] + call_.page_size - 1) / call_.page_size; }
+
+  bool before(int64_t a, int64_t b) const {
+    const int32_t* table = tables_.page_table;
+    const int64_t width = tables_.pages_per_sequence;
+    return std::lexicographical_compare(table + a * width, table + a * width + held(a), table + b * width,
+                                        table + b * width + held(b));
+  }
+
+  // Tiles that sequences i and j have in common, whole and from the first on.
+  int64_t common_tiles(size_t i, size_t j) const {
+    if (call_.window) return 0;
+    const int64_t context = std::min(tables_.context[order_[i]], tables_.context[order_[j]]);
+    const int64_t whole = context / call_.page_size;
+    const auto differ = std::mismatch(pages(i), pages(i) + whole, pages(j)).first;
+    return (differ - pages(i)) * call_.page_blocks / kTileBlocks;
+  }
+
+  // Spans of sequences [i, j), which have their first `from` tiles in common, over the tiles behind those.
+  void branch(size_t i, size_t j, int64_t from, const Plan& plan) {
+    if (j - i == 1) return alone(i, from, plan);
+    size_t next = i;
+    for (size_t at = i; at < j; at = next) {
+      int64_t shared = INT64_MAX;
+      for (next = at + 1; next < j; ++next) {
+        const int64_t common = common_tiles(next - 1, next);
+        if (common <= from) break;
+        shared = std::min(shared, common);
+      }
+      if (next - at > 1) add(at, next, from, shared);
+      branch(at, next, next - at > 1 ? shared : from, plan);
+    }
+  }
+
+  void alone(size_t i, int64_t from, const Plan& plan) {
+    const int64_t s = order_[i];
+    for (int64_t b = begins_[i]; b < begins_[i + 1]; b += item_rows_) {
+      const int64_t count = std::min(item_rows_, begins_[i + 1] - b);
+      const int64_t first = std::max<int64_t>(from, plan.rows[b].first_tile), end = plan.rows[b + count - 1].last_tile + 1;
+      if (first < end) spans.push_back({s, tables_.context[s], b, count, first, end});
+    }
+  }
+
+  void add(size_t i, size_t j, int64_t first, int64_t end) {
+    int64_t context = INT64_MAX;
+    for (size_t k = i; k < j; ++k) context = std::min<int64_t>(context, tables_.context[order_[k]]);
+    for (int64_t b = begins_[i]; b < begins_[j]; b += item_rows_)
+      spans.push_back({order_[i], context, b, std::min(item_rows_, begins_[j] - b), first, end});
+  }
+
+  const Call& call_;
+  const Tables& tables_;
+  const int64_t item_rows_;
+  std::vector<int64_t> order_;   // sequences that have rows
+  std::vector<int64_t> begins_;  // per sequence in that order: its first row in the plan
+};
+
+// Time of a tile, in units of one that is only loaded.
+int64_t cost_of(const Call& call, const Span& span) {
+  return std::max<int64_t>(1, span.count * call.group / kComputeBound);
+}
+
+// Cuts spans along their tiles, so that one long context keeps no thread busy after the others are done (LeanAttention,
+// arXiv 2405.10480). Where the cuts are changes no bit.
+std::vector<Span> cut(const Call& call, const std::vector<Span>& spans, int threads) {
+  int64_t total = 0;
+  for (const Span& span : spans) total += (span.end - span.first) * cost_of(call, span) * call.kv_heads;
+  const int64_t most = std::max<int64_t>(1, total / (threads * kItemsPerThread));
+  std::vector<Span> cuts;
+  for (const Span& span : spans) {
+    const int64_t tiles = span.end - span.first;
+    const int64_t parts = std::min(tiles, (tiles * cost_of(call, span) + most - 1) / most);
+    for (int64_t part = 0; part < parts; ++part) {
+      cuts.push_back(span);
+      cuts.back().first = span.first + tiles * part / parts;
+      cuts.back().end = span.first + tiles * (part + 1) / parts;
+    }
+  }
+  return cuts;
+}
+
+// Which spans cover every tile of their rows and so write the output themselves. The rows of the others get places for
+// their partials and wait for all of their items.
+std::vector<bool> place_partials(const std::vector<Span>& spans, Plan* plan) {
+  auto rows_of = [&](const Span& span) { return plan->pending.begin() + span.begin; };
+  plan->pending.assign(plan->rows.size(), 0);
+  for (const Span& span : spans) std::for_each_n(rows_of(span), span.count, [](int32_t& items) { ++items; });
+  std::vector<bool> complete, waits(plan->rows.size());
+  for (const Span& span : spans) {
+    complete.push_back(std::all_of(rows_of(span), rows_of(span) + span.count, [](int32_t items) { return items == 1; }));
+    if (!complete.back()) std::fill_n(waits.begin() + span.begin, span.count, true);
+  }
+  for (size_t r = 0; r < plan->rows.size(); ++r) {
+    QueryRow& row = plan->rows[r];
+    if (!waits[r]) {
+      plan->pending[r] = 0;
+      continue;
+    }
+    row.partial = plan->partials - row.first_tile;
+    plan->partials += row.last_tile - row.first_tile + 1;
+  }
+  return complete;
+}
+
+// One item per KV head.
+void add_items(const Call& call, const Tables& tables, const Span& span, bool complete, Plan* plan) {
   for (int64_t head = 0; head < call.kv_heads; ++head) {
     Item item{};
-    item.pages = tables.page_table + s * tables.pages_per_sequence;
-    item.context = tables.context[s];
-    item.num_rows = static_cast<int32_t>(count);
+    item.rows = plan->rows.data() + span.begin;
+    item.pages = tables.page_table + span.sequence * tables.pages_per_sequence;
+    item.context = span.context;
+    item.num_rows = static_cast<int32_t>(span.count);
     item.head = static_cast<int32_t>(head);
-    item.tile_begin = static_cast<int32_t>(first);
-    item.tile_end = static_cast<int32_t>(end);
+    item.tile_begin = static_cast<int32_t>(span.first);
+    item.tile_end = static_cast<int32_t>(span.end);
     item.complete = complete;
     plan->items.push_back(item);
-    plan->item_first.push_back(static_cast<int32_t>(begin));
+    plan->item_first.push_back(static_cast<int32_t>(span.begin));
   }
 }
 
@@ -90,56 +225,17 @@ std::string make_plan(const Call& call, const Tables& tables, int threads, Plan*
   for (int64_t row = 0; row < call.rows; ++row)
     if (!taken[row]) plan->lone_rows.push_back(static_cast<int32_t>(row));
 
-  const int64_t item_rows = std::max<int64_t>(1, kItemVectors / call.group);
-  // How many tiles an item may have, from the tiles of all: an item that streams a whole long context would keep one
-  // thread busy after the others are done. Where the cuts are changes no bit.
-  int64_t tiles = 0;
-  for (int64_t s = 0; s < tables.sequences; ++s)
-    if (tables.num_rows[s]) tiles += (tile_of(call, tables.context[s] - 1) + 1) * call.kv_heads;
-  const int64_t most = std::max<int64_t>(1, tiles / (threads * kItemsPerThread));
-
-  struct Span {
-    int64_t sequence, begin, count, first, end;
-    bool complete;
+  const std::vector<Span> spans = cut(call, Sharing(call, tables, plan).spans, threads);
+  const std::vector<bool> complete = place_partials(spans, plan);
+  std::vector<size_t> order(spans.size());
+  std::iota(order.begin(), order.end(), 0);
+  // Those that compute come first, and the longest of each kind.
+  auto key = [&](size_t i) {
+    const int64_t cost = cost_of(call, spans[i]);
+    return std::make_pair(cost == 1, -(spans[i].end - spans[i].first) * cost);
   };
-  std::vector<Span> computing, streaming;
-  for (int64_t s = 0; s < tables.sequences; ++s) {
-    if (tables.num_rows[s] == 0) continue;
-    const int64_t begin = static_cast<int64_t>(plan->rows.size());
-    add_rows(call, tables, s, plan);
-    const int64_t end = static_cast<int64_t>(plan->rows.size());
-    plan->pending.resize(end);
-    for (int64_t b = begin; b < end; b += item_rows) {
-      const int64_t count = std::min(item_rows, end - b);
-      const int64_t first = plan->rows[b].first_tile, last = plan->rows[b + count - 1].last_tile;
-      const bool computes = count * call.group >= kComputeBound;
-      auto& spans = computes ? computing : streaming;
-      const int64_t parts = computes ? 1 : (last - first + most) / most;
-      if (parts <= 1) {
-        spans.push_back({s, b, count, first, last + 1, true});
-        continue;
-      }
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t from = first + (last + 1 - first) * part / parts, to = first + (last + 1 - first) * (part + 1) / parts;
-        spans.push_back({s, b, count, from, to, false});
-      }
-      for (int64_t r = b; r < b + count; ++r) {
-        QueryRow& row = plan->rows[r];
-        row.partial = plan->partials - row.first_tile;
-        plan->partials += row.last_tile - row.first_tile + 1;
-        plan->pending[r] = static_cast<int32_t>(parts);
-      }
-    }
-  }
-  auto longest_first = [](const Span& a, const Span& b) {
-    return (a.end - a.first) * a.count > (b.end - b.first) * b.count;
-  };
-  std::stable_sort(computing.begin(), computing.end(), longest_first);
-  std::stable_sort(streaming.begin(), streaming.end(), longest_first);
-  for (const auto* spans : {&computing, &streaming})
-    for (const Span& span : *spans)
-      add_items(call, tables, span.sequence, span.begin, span.count, span.first, span.end, span.complete, plan);
-  for (size_t i = 0; i < plan->items.size(); ++i) plan->items[i].rows = plan->rows.data() + plan->item_first[i];
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return key(a) < key(b); });
+  for (size_t i : order) add_items(call, tables, spans[i], complete[i], plan);
   return "";
 }
 

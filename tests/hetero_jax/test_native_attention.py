@@ -143,6 +143,45 @@ def test_bits_do_not_depend_on_how_a_sequence_stands_among_others() -> None:
     assert _bits(first)[0] == together[0]
 
 
+@st.composite
+def trees(draw) -> tuple[list[Sequence], dict[int, tuple[int, int]]]:
+    """Sequences that begin as others do, which may begin as others do."""
+    sequences = draw(
+        st.lists(
+            st.builds(Sequence, st.sampled_from([0, 100, 256, 500, 512, 1100]), st.sampled_from([0, 1, 3, 40])),
+            min_size=2,
+            max_size=7,
+        )
+    )
+    prefixes = {}
+    for index in range(1, len(sequences)):
+        parent = draw(st.integers(0, index - 1))
+        most = min(sequences[parent].old, sequences[index].old)
+        prefixes[index] = (parent, draw(st.sampled_from(sorted({0, min(256, most), min(530, most), most}))))
+    return sequences, prefixes
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    trees(),
+    st.sampled_from([1, 3, 8, 16]),
+    st.sampled_from([5, 16, 32]),
+    st.sampled_from(list(HELD)),
+    st.sampled_from([None, 300]),
+)
+def test_a_shared_prefix_has_the_bits_of_copies_of_its_own(isa, tree, group, page_size, dtype, window) -> None:
+    sequences, prefixes = tree
+    make = functools.partial(
+        PagedCase, sequences, _spec(group, 2, 32, 48, window=window), prefixes=prefixes, page_size=page_size
+    )
+    held, bound = HELD[dtype]
+    found, _, _ = make().run(DEVICE, dtype=dtype, isa=isa)
+    _assert_close(found, make().expected(round_kv=held), bound)
+    own, _, _ = make(share=False).run(DEVICE, dtype=dtype, isa=isa)
+    assert [rows.tobytes() for rows in found] == [rows.tobytes() for rows in own]
+
+
 def test_noise_in_freed_pages_does_not_reach_the_output() -> None:
     case = PagedCase([Sequence(20, 1)], _spec(2, 2, 32, 32))
     pool = native.make_pool(case.spec, num_pages=case.num_pages, page_size=16, dtype="float32", device=DEVICE)

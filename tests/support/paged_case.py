@@ -21,6 +21,8 @@ class Sequence(NamedTuple):
 class PagedCase:
     """Keys, values and queries of sequences in shuffled pages; `padding` rows belong to none.
 
+    prefixes: per sequence, an earlier one and how many of its first positions this one begins with, in both `old`.
+    share: begin with that one's pages (whole ones) instead of pages of its own that hold the same.
     page_seed: of the page numbers only. order: of the sequences in the call.
     """
 
@@ -29,6 +31,8 @@ class PagedCase:
         sequences: list[Sequence],
         spec: AttentionSpec,
         *,
+        prefixes: dict[int, tuple[int, int]] | None = None,
+        share: bool = True,
         page_size: int = 16,
         seed: int = 0,
         page_seed: int = 0,
@@ -51,11 +55,19 @@ class PagedCase:
         self.num_pages = sum(counts) + 2
         pages = np.random.default_rng(page_seed).permutation(self.num_pages).astype(np.int32)
         self.pages = np.split(pages, np.cumsum(counts))[: len(counts)]
+        self.held = [0] * len(sequences)  # positions in shared pages
+        for index, (parent, length) in (prefixes or {}).items():
+            for array in (self.q, self.k, self.v):
+                array[index][:length] = array[parent][:length]
+            if share:
+                whole = length // page_size
+                self.pages[index][:whole] = self.pages[parent][:whole]
+                self.held[index] = whole * page_size
 
     def rows(self, *, old: bool) -> tuple[AttentionLayout, np.ndarray, np.ndarray, np.ndarray]:
         """Layout, q, k, v of the first call (old positions) or of the one under test."""
         spec, count = self.spec, len(self.sequences)
-        spans = [(0, s.old) if old else (s.old, s.new) for s in self.sequences]
+        spans = [(h, s.old - h) if old else (s.old, s.new) for s, h in zip(self.sequences, self.held, strict=True)]
         table = np.zeros((count + 1, max([len(p) for p in self.pages], default=0) + 1), np.int32)
         first, num, context = (np.zeros(count + 1, np.int32) for _ in range(3))
         slots, parts = [], []
