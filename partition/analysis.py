@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from partition.errors import TokenMixingError, TraceError, UnsupportedSiteError
 from partition.jaxpr import Equation, Value
 from partition.rules import RUNNING, AxisMap, axes_by_position, axis_map
-from partition.structure import producers
+from partition.structure import closure, producers
 from partition.trace import Traced
 
 
@@ -93,6 +93,19 @@ class Analysis:
             for value in eqn.inputs:
                 found.setdefault(value, []).append(eqn)
         return found
+
+    def is_weight(self, value: Value) -> bool:
+        """A parameter, or one layer's slice of stacked ones."""
+        eqn = self.made_by.get(value)
+        if eqn is None or eqn.primitive != "take_layer":
+            return value in self.weights
+        made_of = closure([value], self.made_by, lambda _: True)
+        return any(operand in self.weights for each in made_of for operand in each.inputs)
+
+    @functools.cached_property
+    def weights(self) -> frozenset[Value]:
+        """The parameters."""
+        return frozenset(self.traced.weights)
 
 
 def analyse(traced: Traced) -> Analysis:

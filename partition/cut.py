@@ -63,7 +63,6 @@ class _Cutter:
         self.rows = analysis.traced.rows
         self.site_outputs = {port.value: (item, port) for item in sites for port in item.outputs}
         self.inside = {eqn for item in sites for eqn in item.site.equations}
-        self.weights = frozenset(analysis.traced.weights)
         self.stage_of = self._stage_of_values()
         self.sends = self._sends()
 
@@ -166,8 +165,8 @@ class _Cutter:
 
     def is_external(self, value: Value) -> bool:
         facts = self.analysis.facts[value]
-        if value in self.weights:
-            return True
+        if self.analysis.is_weight(value):
+            return True  # of stacked weights each layer takes its slice, and all the same executable
         if value in self.program.constants:
             return self.rows in value.shape or size_bytes(value) > _LARGEST_INLINE_BYTES
         if facts.kind is Kind.POSITION:
@@ -190,7 +189,7 @@ class _Cutter:
         """
         eqn = self.analysis.made_by.get(value)
         if eqn is not None and eqn.primitive == "take_layer":
-            return True  # each layer takes its slice, and all the same executable
+            return True  # a layer's number, say: all layers share an executable
         if eqn is None or eqn.primitive in SHAPE_ONLY or self.rows in value.shape or not value.shape:
             return False
         leaves = closure_leaves(value, self.analysis)
@@ -199,14 +198,8 @@ class _Cutter:
 
 def closure_leaves(value: Value, analysis: Analysis) -> set[Value]:
     """The weights, or one layer's slices of them, that a constant value is made from."""
-    weights = frozenset(analysis.traced.weights)
-
-    def is_leaf(each: Value) -> bool:
-        eqn = analysis.made_by.get(each)
-        return each in weights or (eqn is not None and eqn.primitive == "take_layer")
-
-    equations = closure([value], analysis.made_by, lambda each: not is_leaf(each))
-    return {operand for eqn in equations for operand in eqn.inputs if is_leaf(operand)}
+    equations = closure([value], analysis.made_by, lambda each: not analysis.is_weight(each))
+    return {operand for eqn in equations for operand in eqn.inputs if analysis.is_weight(operand)}
 
 
 def _unique(values: Iterable[Value]) -> tuple[Value, ...]:

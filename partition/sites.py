@@ -10,7 +10,7 @@ from partition.analysis import Analysis, Axis, Kind, Side
 from partition.errors import UnsupportedSiteError
 from partition.jaxpr import Equation, Value
 from partition.rules import SHAPE_ONLY, axis_map
-from partition.structure import closure, row_bytes, structure_key
+from partition.structure import closure, in_order_of_need, row_bytes, structure_key
 
 End = Literal["query", "key"]
 Ends = tuple[End | None, ...]  # per axis: which token axis of the site it is
@@ -156,12 +156,12 @@ class _Extractor:
         outer = closure(
             [value for eqn in (*self.draft.equations, *self.pulled) for value in eqn.inputs],
             self.analysis.made_by,
-            lambda value: facts[value].kind is not Kind.TOKEN,
+            lambda value: facts[value].kind is not Kind.TOKEN and not self.analysis.is_weight(value),
         )
         members = {*self.draft.equations, *self.pulled, *outer}
-        whole = [eqn for eqn in program.equations if eqn in members]
-        read = {value for eqn in whole for value in eqn.inputs}
-        weights = tuple(value for value in self.analysis.traced.weights if value in read)
+        whole = in_order_of_need(self.draft.outputs, self.analysis.made_by, members)
+        read = dict.fromkeys(value for eqn in whole for value in eqn.inputs)
+        weights = tuple(value for value in read if self.analysis.is_weight(value))
         constants = {**program.constants, **self.analysis.traced.position_tables}
         sources = [value for value, _ in operands]
         note = str([end for _, end in operands])

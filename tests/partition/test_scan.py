@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from flax import linen
 from cached_decoding import decode
 from partition import TokenMixingError, partition, prepare_weights
 from small_model import SmallModel
+from zoo_attention import sink_logits
 
 MODEL = SmallModel(layers=3)
 
@@ -121,6 +124,26 @@ def test_executables_of_scanned_layers_do_not_grow_with_depth():
         return partition(_plain, _stacked(SmallModel(layers=layers).params()), max_rows=64)
 
     assert [plan(layers).num_dense_executables for layers in (3, 24)] == [3, 3]
+
+
+def test_weights_inside_scanned_attention_are_sliced_too():
+    model = SmallModel(attention=sink_logits, extra={"sinks": (6,)}, layers=4)
+
+    def scanned(params, tokens, positions):
+        x, _ = jax.lax.scan(
+            lambda x, layer: (model.block(x, layer, positions), None), params["embed"][tokens], params["layers"]
+        )
+        return x @ params["embed"].T
+
+    params = _stacked(model.params())
+    plan = partition(scanned, params, max_rows=64)
+    assert (plan.num_dense_executables, plan.num_attention_executables) == (3, 1)
+    tokens = np.random.default_rng(3).integers(0, MODEL.vocab, 12)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the attention opened at")
+        (found,) = decode(plan, params, [tokens])
+    expected = np.asarray(model(model.params(), jnp.asarray(tokens)[None], jnp.arange(12)[None])[0])
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_a_scan_along_the_tokens_is_refused_with_its_line():
