@@ -1,11 +1,6 @@
 """Abstract interpretation over the token axis: which axes follow the tokens, and where two of them meet.
 
-Every value gets a kind (what it depends on) and one label per axis:
-
-    PLAIN      an ordinary axis
-    UNIFORM    an axis over the tokens along which the value is constant (the model broadcast it)
-    ROW        entry i belongs to token i (or, for position-only values, to position i)
-    Side(p)    one of the two token axes of a pairing p: a value with an entry for every two tokens
+Every value gets a kind (what it depends on) and one label per axis; see `labels`.
 
 Where two token axes meet a pairing opens (scores; a mask made from token ids); where a reduction over one of its sides,
 the key side, gives ROW again, it closes. A pairing that meets a later one in the same two axes is absorbed by it: a
@@ -14,55 +9,16 @@ score absorbs its mask. Anything else that would combine, move or drop rows is r
 
 from __future__ import annotations
 
-import enum
 import functools
 from dataclasses import dataclass
 
+from partition.dispatch import Dispatch, regrouped
 from partition.errors import TokenMixingError, TraceError, UnsupportedSiteError
 from partition.jaxpr import Equation, Value
+from partition.labels import Axis, Facts, Kind, Label, Side, is_row
 from partition.rules import RUNNING, AxisMap, axes_by_position, axis_map
 from partition.structure import closure, producers
-from partition.trace import Traced
-
-
-class Kind(enum.IntEnum):
-    """What a value depends on; the kind of a result is the largest kind of its operands."""
-
-    CONSTANT = 0
-    POSITION = 1
-    TOKEN = 2
-
-
-class Axis(enum.Enum):
-    """Labels of an axis outside a site's scores."""
-
-    PLAIN = "plain"
-    UNIFORM = "uniform"
-    ROW = "row"
-
-
-@dataclass(frozen=True)
-class Side:
-    """Label of a token axis of a pairing, 0 or 1; which of them is the key side shows when it is reduced."""
-
-    pairing: int
-    side: int
-
-
-Label = Axis | Side
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of one value."""
-
-    kind: Kind
-    labels: tuple[Label, ...]
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """The sides among the labels."""
-        return tuple(label for label in self.labels if isinstance(label, Side))
+from partition.trace import Traced, depends_on_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +28,7 @@ class Analysis:
     openings: per pairing the equation where its token axes met.
     key_sides: per pairing that was reduced, its key side (0 or 1).
     absorbed: absorbed[p][q]: pairing p took in q; its side i is q's side i (0) or 1 - i (1).
+    orderings: equations that sort the entries of a call: their second operand numbers these.
     """
 
     traced: Traced
@@ -79,6 +36,7 @@ class Analysis:
     openings: tuple[Equation, ...]
     key_sides: dict[int, int]
     absorbed: dict[int, dict[int, int]]
+    orderings: frozenset[Equation]
 
     @functools.cached_property
     def made_by(self) -> dict[Value, Equation]:
@@ -131,6 +89,7 @@ class _Interpreter:
         self.key_sides: dict[int, int] = {}
         self.absorbed: dict[int, dict[int, int]] = {}
         self.facts: dict[Value, Facts] = {}
+        self.dispatch = Dispatch(traced, self.facts)
         for value in traced.weights:
             self.facts[value] = Facts(Kind.CONSTANT, (Axis.PLAIN,) * len(value.shape))
         self.facts[traced.tokens] = Facts(Kind.TOKEN, self._by_size(traced.tokens))
@@ -144,7 +103,7 @@ class _Interpreter:
 
     def result(self) -> Analysis:
         for value in self.traced.program.outputs:
-            if self.facts[value].sides or self.facts[value].kind is not Kind.TOKEN:
+            if self.facts[value].labels.count(Axis.ROW) != 1 or self.facts[value].kind is not Kind.TOKEN:
                 raise TokenMixingError(f"the logits {value.shape} are not one row per token")
         return Analysis(
             traced=self.traced.with_tables(self.running),
@@ -152,11 +111,17 @@ class _Interpreter:
             openings=tuple(self.openings),
             key_sides=self.key_sides,
             absorbed=self.absorbed,
+            orderings=frozenset(self.dispatch.orderings),
         )
 
     def step(self, eqn: Equation) -> None:
         operands = [self.facts[value] for value in eqn.inputs]
         kind = max((facts.kind for facts in operands), default=Kind.CONSTANT)
+        found = self.dispatch.step(eqn)
+        if found is not None:
+            self.facts.update({value: Facts(kind, labels) for value, labels in zip(eqn.outputs, found, strict=True)})
+            return
+        self._refuse_counting(eqn, operands)
         if self._is_plain(eqn, operands):
             labels = None
         else:
@@ -167,13 +132,20 @@ class _Interpreter:
         for value in eqn.outputs:
             self.facts[value] = Facts(kind, (Axis.PLAIN,) * len(value.shape) if labels is None else labels)
 
+    def _refuse_counting(self, eqn: Equation, operands: list[Facts]) -> None:
+        numbers = any(Axis.ENTRY in facts.labels for facts in operands)
+        if numbers or any(value in self.traced.counts for value in eqn.inputs):
+            raise depends_on_count(eqn)
+
     def _is_plain(self, eqn: Equation, operands: list[Facts]) -> bool:
         """Nothing but weights and constants, and no token axis: any primitive will do."""
         touches = any(label is not Axis.PLAIN for facts in operands for label in facts.labels)
-        makes = any(self.rows in value.shape for value in eqn.outputs)
+        makes = any(size % self.rows == 0 for value in eqn.outputs for size in value.shape)
         return not touches and not makes and all(facts.kind is Kind.CONSTANT for facts in operands)
 
     def _transfer(self, eqn: Equation, operands: list[Facts], kind: Kind, counted: frozenset[int]) -> tuple[Label, ...]:
+        if eqn.primitive == "reshape" and (labels := regrouped(eqn, operands[0].labels, self.rows)) is not None:
+            return labels
         axes = axis_map(eqn)
         self._refuse_mixing(eqn, operands, axes, counted)
         self._close_sites(eqn, operands, axes)
@@ -202,14 +174,16 @@ class _Interpreter:
         for index, facts in enumerate(operands):
             # What is made by position keeps its rank, so an axis of an operand is that of the output.
             if any(facts.labels[axis] is not Axis.PLAIN for axis in axes.mixed_axes(index) - counted):
-                raise _mixes(eqn, "moves, drops or combines rows along the token axis")
+                is_choice = self.dispatch.is_choice(eqn.inputs[index])
+                hint = "; experts of limited capacity let tokens compete" if is_choice else ""
+                raise _mixes(eqn, "moves, drops or combines rows along the token axis" + hint)
 
     def _refuse_new_rows(self, eqn: Equation, axes: AxisMap, counted: frozenset[int]) -> None:
         """An axis over the tokens comes from one of an operand, from positions, or from repeating a value."""
         if eqn.primitive in ("broadcast_in_dim", "iota"):
             return
         known = {out for targets in axes.to_output for out in targets} | counted
-        new = [axis for axis, size in enumerate(eqn.outputs[0].shape) if size == self.rows and axis not in known]
+        new = [axis for axis, size in enumerate(eqn.outputs[0].shape) if size % self.rows == 0 and axis not in known]
         if new:
             raise _mixes(eqn, "makes one row per token out of what has none")
 
@@ -243,7 +217,7 @@ class _Interpreter:
 
     def _join(self, eqn: Equation, operands: list[Facts], axes: AxisMap) -> tuple[list[Label], set[int]]:
         shape = eqn.outputs[0].shape
-        labels: list[Label] = [Axis.UNIFORM if size == self.rows else Axis.PLAIN for size in shape]
+        labels: list[Label] = [Axis.PLAIN if size % self.rows else Axis.UNIFORM for size in shape]
         token_rows: set[int] = set()
         for facts, targets in zip(operands, axes.to_output, strict=True):
             for label, out in zip(facts.labels, targets, strict=True):
@@ -255,6 +229,8 @@ class _Interpreter:
         return labels, token_rows
 
     def _join_label(self, eqn: Equation, old: Label, new: Label) -> Label:
+        if is_row(old) and is_row(new) and old != new:
+            raise _mixes(eqn, "combines rows in different orders")
         if not isinstance(old, Side) or not isinstance(new, Side):
             return old if isinstance(old, Side) else new
         if old == new:
@@ -268,11 +244,11 @@ class _Interpreter:
 
     def _settle(self, eqn: Equation, labels: list[Label], token_rows: set[int], kind: Kind) -> tuple[Label, ...]:
         """One token axis: a row. Two: a pairing, a new one if neither is a side yet. More: refused."""
-        rows = [axis for axis, label in enumerate(labels) if label is Axis.ROW]
+        rows = [axis for axis, label in enumerate(labels) if is_row(label)]
         sides = [label for label in labels if isinstance(label, Side)]
         if kind is not Kind.TOKEN or len(rows) + len(sides) <= 1:
             return tuple(Axis.ROW if isinstance(label, Side) else label for label in labels)
-        if not sides and len(rows) == 2 and token_rows.intersection(rows):
+        if not sides and [labels[axis] for axis in rows] == [Axis.ROW] * 2 and token_rows.intersection(rows):
             labels[rows[0]], labels[rows[1]] = Side(len(self.openings), 0), Side(len(self.openings), 1)
             self.openings.append(eqn)
             return tuple(labels)

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from partition.analysis import Axis, Kind
 from partition.cut import Stage
 from partition.evaluate import evaluate_rows, evaluate_tables, row_shape
 from partition.jaxpr import Value
+from partition.labels import Axis, Kind
 from partition.plan import Plan
 
 
@@ -55,6 +55,8 @@ class StageFunction:
         env = self._inputs(externals, tokens, positions, reads)
         for eqn in self.stage.equations:
             args = [env[value] for value in eqn.inputs]
+            if eqn in self.plan.analysis.orderings:
+                args[1] = jax.lax.iota(args[1].dtype, args[1].shape[0])  # entries of this call, not positions
             results = evaluate_rows(eqn, args, positions, traced_rows=self.plan.analysis.traced.rows)
             env.update(zip(eqn.outputs, results, strict=True))
         writes = tuple(env[value] for value in self.stage.writes)
@@ -65,6 +67,8 @@ class StageFunction:
     ) -> dict[Value, Any]:
         traced = self.plan.analysis.traced
         env: dict[Value, Any] = dict(traced.program.constants)
+        count = tokens.shape[0]
+        env.update({value: jnp.asarray(a * count + b, value.dtype) for value, (a, b) in traced.counts.items()})
         env[traced.tokens] = tokens.reshape(row_shape(traced.tokens, traced.rows, tokens.shape[0]))
         env[traced.positions] = positions.reshape(row_shape(traced.positions, traced.rows, tokens.shape[0]))
         for value, array in zip(self.stage.externals, externals, strict=True):

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from partition.analysis import Analysis, Axis, Kind
-from partition.errors import UnsupportedSiteError
+from partition.analysis import Analysis
+from partition.errors import TokenMixingError, UnsupportedSiteError
 from partition.jaxpr import Equation, Value
+from partition.labels import Axis, Kind
 from partition.layouts import Port
 from partition.planned_site import PlannedSite
 from partition.rules import SHAPE_ONLY
@@ -113,6 +114,12 @@ class _Cutter:
         later |= {send.value for send in self.sends if self.stage_of[send.value] > index}
         later |= set(self.program.outputs)
         writes = tuple(value for eqn in mine for value in eqn.outputs if value in later)
+        for value in writes:
+            if Axis.ROW not in self.analysis.facts[value].labels:
+                raise TokenMixingError(
+                    f"{value.shape}, made at {self.analysis.made_by[value].where}, is needed behind an attention but "
+                    "has no row per token; allowed: rows sorted by expert are put back before the next attention"
+                )
         helpers, externals = self._support(needed)
         results = [*writes, *(send.value for send in sends)]
         equations = in_order_of_need(results, self.analysis.made_by, {*mine, *helpers})
@@ -190,7 +197,9 @@ class _Cutter:
         eqn = self.analysis.made_by.get(value)
         if eqn is not None and eqn.primitive == "take_layer":
             return True  # a layer's number, say: all layers share an executable
-        if eqn is None or eqn.primitive in SHAPE_ONLY or self.rows in value.shape or not value.shape:
+        if eqn is None or eqn.primitive in SHAPE_ONLY or not value.shape:
+            return False
+        if any(label is not Axis.PLAIN for label in self.analysis.facts[value].labels):
             return False
         leaves = closure_leaves(value, self.analysis)
         return 0 < size_bytes(value) <= sum(size_bytes(leaf) for leaf in leaves)

@@ -48,8 +48,8 @@ def _slice(eqn: Equation, array: Any, params: dict[str, Any], positions: Sequenc
 
 
 def row_shape(value: Value, traced_rows: int, rows: int) -> tuple[int, ...]:
-    """The shape of a value with one row per token, for another number of rows."""
-    return tuple(rows if size == traced_rows else size for size in value.shape)
+    """The shape of a value with one row, or several, per token, for another number of rows."""
+    return tuple(size if size % traced_rows else size // traced_rows * rows for size in value.shape)
 
 
 def evaluate_rows(eqn: Equation, args: Sequence[Any], positions: jax.Array, *, traced_rows: int) -> list[jax.Array]:

@@ -148,7 +148,7 @@ def partition(model: Any, params: Any = None, *, max_rows: int = 4096) -> Plan:
     forward = as_forward(model, params)
     traced = trace_causal(forward, max_rows=max_rows)
     analysis = analyse(traced)
-    check_any_rows(forward, traced)
+    check_any_rows(traced)
     known: dict[str, PlannedSite] = {}
     sites = tuple(_plan_once(analysis, site, known, max_rows) for site in find_sites(analysis))
     return Plan(forward=forward, analysis=analysis, stages=cut(analysis, sites), sites=sites, max_rows=max_rows)

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partition.analysis import Analysis, Axis
+from partition.analysis import Analysis
 from partition.attention_spec import Array, AttentionSpec, reference_attention
 from partition.causality import check_causal
 from partition.jaxpr import Value
+from partition.labels import Axis
 from partition.layouts import Port, ordered, rows_first
 from partition.planned_site import PlannedSite
 from partition.roles import POSITION, NotRecognisedError, Roles, read_roles

@@ -16,6 +16,18 @@ from partition.jaxpr import Equation
 
 Axes = tuple[int | None, ...]
 
+# Entry by entry, over operands of one shape and scalars.
+# fmt: off
+ELEMENTWISE = (
+    "abs", "acos", "acosh", "add", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
+    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc",
+    "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "real", "reduce_precision",
+    "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
+    "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+)
+# fmt: on
+
 
 @dataclass(frozen=True, kw_only=True)
 class AxisMap:
@@ -160,7 +172,7 @@ def _reshape(eqn: Equation) -> AxisMap:
     source, target = eqn.inputs[0].shape, eqn.outputs[0].shape
     axes: list[int | None] = [None] * len(source)
     mixed: set[int] = set()
-    for group_in, group_out in _reshape_groups(source, target):
+    for group_in, group_out in reshape_groups(source, target):
         if len(group_in) == 1 and len(group_out) == 1:
             axes[group_in[0]] = group_out[0]
         else:
@@ -168,7 +180,7 @@ def _reshape(eqn: Equation) -> AxisMap:
     return AxisMap(to_output=(tuple(axes),), mixed=(frozenset(mixed),))
 
 
-def _reshape_groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+def reshape_groups(source: tuple[int, ...], target: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     """Pairs of axis runs with equal products, size-1 axes left out (they carry no positions)."""
     left = [axis for axis, size in enumerate(source) if size != 1]
     right = [axis for axis, size in enumerate(target) if size != 1]
@@ -265,6 +277,12 @@ def _pad(eqn: Equation) -> AxisMap:
     return _keep_except(eqn, touched)
 
 
+def _mixing(eqn: Equation) -> AxisMap:
+    """Whatever it does along any axis."""
+    axes = tuple(range(len(value.shape)) for value in eqn.inputs)
+    return AxisMap(to_output=tuple((None,) * len(each) for each in axes), mixed=tuple(frozenset(each) for each in axes))
+
+
 def _tile(eqn: Equation) -> AxisMap:
     return _keep_except(eqn, frozenset(axis for axis, count in enumerate(eqn.params["reps"]) if count != 1))
 
@@ -292,19 +310,8 @@ def _iota(eqn: Equation) -> AxisMap:
     return AxisMap(to_output=tuple(() for _ in eqn.inputs))
 
 
-# fmt: off
-_ELEMENTWISE = (
-    "abs", "acos", "acosh", "add", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
-    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc",
-    "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p",
-    "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "real", "reduce_precision",
-    "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
-    "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
-)
-# fmt: on
-
 _RULES: dict[str, Callable[[Equation], AxisMap]] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce),
     **dict.fromkeys(("argmax", "argmin"), _arg_reduce),
     **dict.fromkeys((*RUNNING, "split"), _along("axis")),
@@ -315,8 +322,11 @@ _RULES: dict[str, Callable[[Equation], AxisMap]] = {
     "gather": _gather,
     "iota": _iota,
     "pad": _pad,
+    "ragged_dot_general": _mixing,
     "reshape": _reshape,
     "rev": _along("dimensions"),
+    "scatter": _mixing,
+    "scatter-add": _mixing,
     "slice": _resizing,
     "sort": _along("dimension"),
     "squeeze": _squeeze,

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partition.analysis import Analysis, Axis, Kind
+from partition.analysis import Analysis
 from partition.evaluate import evaluate
 from partition.jaxpr import Equation, Value
+from partition.labels import Axis, Kind
 from partition.rules import axis_map, resized_params
 from partition.sites import End, Ends, Site, operand_ends, row_end
 

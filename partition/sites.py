@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from partition.analysis import Analysis, Axis, Kind, Side
+from partition.analysis import Analysis
 from partition.errors import UnsupportedSiteError
 from partition.jaxpr import Equation, Value
+from partition.labels import Axis, Kind, Side
 from partition.rules import SHAPE_ONLY, axis_map
 from partition.structure import closure, in_order_of_need, row_bytes, structure_key
 

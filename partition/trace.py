@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from partition.errors import TraceError
 from partition.evaluate import evaluate_tables, row_shape
 from partition.forward import Forward
-from partition.jaxpr import Program, Value, trace
+from partition.jaxpr import Equation, Program, Value, trace
 from partition.rules import resized_params
 from partition.structure import closure, producers
 
@@ -24,12 +24,17 @@ _LARGEST_TRACE_ROWS = 1021
 class Traced:
     """The program at `rows` tokens. Every dimension equal to `rows` is the token axis or counts tokens.
 
+    other_program, other_rows: the same model at another number of tokens.
+    counts: scalars that are a * (number of tokens) + b, as (a, b): the length of an axis.
     position_tables: values with a token axis that are looked up (say a captured `np.arange(T)`), for positions
       0 .. max_rows - 1.
     """
 
     program: Program
     rows: int
+    other_program: Program
+    other_rows: int
+    counts: Mapping[Value, tuple[int, int]]
     max_rows: int
     weights: tuple[Value, ...]
     weight_names: tuple[str, ...]
@@ -65,13 +70,16 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
       TraceError: not traceable, or no logits per token come out.
     """
     leaves = jax.tree_util.tree_leaves_with_path(forward.params)
-    rows = _unlike_dimensions(forward.params, max_rows)[0]
-    program = _trace_at(forward, rows)
+    rows, other_rows = _unlike_dimensions(forward.params, max_rows)
+    program, other_program = (_trace_at(forward, each) for each in (rows, other_rows))
     _check_output(program, rows)
     count = len(leaves)
     return Traced(
         program=program,
         rows=rows,
+        other_program=other_program,
+        other_rows=other_rows,
+        counts=_counts(program, rows, other_program, other_rows),
         max_rows=max_rows,
         weights=program.inputs[:count],
         weight_names=tuple(jax.tree_util.keystr(path) for path, _ in leaves),
@@ -87,20 +95,44 @@ def _trace_at(forward: Forward, rows: int) -> Program:
     return trace(forward.fn, abstract, tokens, tokens, rows=rows)
 
 
-def check_any_rows(forward: Forward, traced: Traced) -> None:
-    """Prove that the program at any number of rows is the traced one resized, by tracing at a second number.
+def _counts(program: Program, rows: int, other: Program, other_rows: int) -> dict[Value, tuple[int, int]]:
+    """Integer scalars that differ between the two programs by a multiple of the difference in tokens."""
+    found: dict[Value, tuple[int, int]] = {}
+    known: dict[Value, Value] = {}
+    for a, b in zip(program.equations, other.equations, strict=False):
+        for x, y in zip(a.inputs, b.inputs, strict=False):
+            is_scalar = not x.shape and np.issubdtype(x.dtype, np.integer)
+            if not is_scalar or x not in program.constants or y not in other.constants:
+                continue
+            factor, rest = divmod(int(other.constants[y]) - int(program.constants[x]), other_rows - rows)
+            if known.setdefault(x, y) is not y or rest:
+                return {}  # refused later, with the equation
+            if factor:
+                found[x] = (factor, int(program.constants[x]) - factor * rows)
+    return found
+
+
+def depends_on_count(eqn: Equation) -> TraceError:
+    """The error for an equation whose result depends on how many tokens there are."""
+    return TraceError(
+        f"'{eqn.primitive}' at {eqn.where} depends on the number of tokens in the call; "
+        "what a token gets may depend on its position only"
+    )
+
+
+def check_any_rows(traced: Traced) -> None:
+    """Prove that the program at any number of rows is the traced one resized, by the other number that was traced.
 
     Raises:
       TraceError: what the model computes depends on the number of tokens itself.
     """
-    other = _unlike_dimensions(forward.params, traced.max_rows)[1]
-    _check_resized(traced.program, traced.rows, _trace_at(forward, other), other)
+    _check_resized(traced)
 
 
 def _unlike_dimensions(params: Any, max_rows: int) -> tuple[int, int]:
-    """Two primes that no weight has as a dimension, so that an axis of that size must be a token axis."""
+    """Two primes that divide no dimension of a weight, so that an axis of such a size must count tokens."""
     taken = {dimension for leaf in jax.tree.leaves(params) for dimension in leaf.shape}
-    candidates = (p for p in _primes_below(min(max_rows, _LARGEST_TRACE_ROWS) + 1) if p not in taken)
+    candidates = (p for p in _primes_below(min(max_rows, _LARGEST_TRACE_ROWS) + 1) if all(size % p for size in taken))
     first, second = next(candidates, None), next(candidates, None)
     if first is None or second is None:
         raise TraceError(f"max_model_len {max_rows} is too short to trace the model; at least 16 is needed")
@@ -119,28 +151,23 @@ def _check_output(program: Program, rows: int) -> None:
         raise TraceError(f"the model must return logits [1, T, vocab]; for T={rows} it returned {shapes or 'nothing'}")
 
 
-def _check_resized(small: Program, rows: int, large: Program, other: int) -> None:
+def _check_resized(traced: Traced) -> None:
+    small, rows, large, other = traced.program, traced.rows, traced.other_program, traced.other_rows
     if len(small.equations) != len(large.equations):
         raise TraceError(
             f"the model computes differently for {rows} tokens ({len(small.equations)} equations) "
             f"and for {other} ({len(large.equations)})"
         )
 
-    def resized(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(other if size == rows else size for size in shape)
-
     for a, b in zip(small.equations, large.equations, strict=True):
         same = a.primitive == b.primitive and all(
-            resized(x.shape) == y.shape and x.dtype == y.dtype
+            row_shape(x, rows, other) == y.shape and x.dtype == y.dtype
             for x, y in zip((*a.inputs, *a.outputs), (*b.inputs, *b.outputs), strict=True)
         )
         if same and not _carries_code(a):
             same = repr(resized_params(a, b.outputs[0].shape)) == repr(b.params)
-        if not same or not _same_constants(small, a.inputs, large, b.inputs, rows):
-            raise TraceError(
-                f"'{a.primitive}' at {a.where} depends on the number of tokens in the call; "
-                "what a token gets may depend on its position only"
-            )
+        if not same or not _same_constants(traced, a, b):
+            raise depends_on_count(a)
 
 
 def _carries_code(eqn: Any) -> bool:
@@ -148,15 +175,15 @@ def _carries_code(eqn: Any) -> bool:
     return any("jaxpr" in name or name == "branches" for name in eqn.params)
 
 
-def _same_constants(
-    small: Program, small_inputs: tuple[Value, ...], large: Program, large_inputs: tuple[Value, ...], rows: int
-) -> bool:
-    for x, y in zip(small_inputs, large_inputs, strict=True):
-        if x not in small.constants and y not in large.constants:
+def _same_constants(traced: Traced, small: Equation, large: Equation) -> bool:
+    ours, theirs = traced.program.constants, traced.other_program.constants
+    for x, y in zip(small.inputs, large.inputs, strict=True):
+        # What the length of an axis is used for was judged by the analysis.
+        if (x not in ours and y not in theirs) or x in traced.counts:
             continue
-        if x not in small.constants or y not in large.constants:
+        if x not in ours or y not in theirs:
             return False
-        a, b = np.asarray(small.constants[x]), np.asarray(large.constants[y])
+        a, b = np.asarray(ours[x]), np.asarray(theirs[y])
         window = tuple(slice(0, min(n, m)) for n, m in zip(a.shape, b.shape, strict=True))
         if not np.array_equal(a[window], b[window], equal_nan=a.dtype.kind in "fc"):
             return False

@@ -46,7 +46,7 @@ MIXING = {
     "reversal": (lambda x: x[:, ::-1], TokenMixingError, "'rev'"),
     "sort by token": (lambda x: jnp.sort(x, axis=1), TokenMixingError, "'sort'"),
     "linear attention": (_linear_attention, TokenMixingError, "contracts the token axis outside an attention site"),
-    "merged axes": (lambda x: jnp.tanh(x.reshape(1, -1)).reshape(x.shape), TokenMixingError, "'reshape'"),
+    "merged axes": (lambda x: jnp.tanh(x.mT.reshape(1, -1)).reshape(x.shape), TokenMixingError, "'reshape'"),
     "convolution": (_conv, UnsupportedPrimitiveError, "'conv_general_dilated'.*has no rule"),
     "recurrence": (_scan, PartitionError, "'(slice|scan|transpose)'"),
 }
@@ -85,6 +85,7 @@ def test_refusal_of_a_site_names_the_line_that_opens_it():
         lambda x: jnp.cumsum(x, axis=-1),
         lambda x: jnp.sort(x, axis=-1),
         lambda x: x.reshape(x.shape[0] * x.shape[1], -1).reshape(x.shape),
+        lambda x: jnp.tanh(x.reshape(1, -1)).reshape(x.shape),
         lambda x: x + jnp.roll(x, 1, axis=-1),
         lambda x: jax.lax.top_k(x, 24)[0],
     ],

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import zoo_attention as attention
+import zoo_experts as experts
 from cached_decoding import decode
-from partition import TokenMixingError, UnsupportedSiteError, partition
+from partition import PartitionError, TokenMixingError, UnsupportedSiteError, partition
 from small_model import SmallModel, softmax_attention
 
 
@@ -44,6 +45,10 @@ ACCEPTED = {
     "chunked local": (_model(attention.chunked_local), 2, False),
     "padding mask from ids": (attention.PaddedModel(), 2, False),
     "segments from ids": (attention.SegmentedModel(), 2, False),
+    "every expert": (SmallModel(mix=experts.dense), 2, True),
+    "experts, sorted and unsorted": (SmallModel(mix=experts.sorted_and_unsorted), 2, True),
+    "experts, sorted and added": (SmallModel(mix=experts.sorted_and_added), 2, True),
+    "one expert, by argmax": (SmallModel(mix=experts.top_one), 2, True),
 }
 
 
@@ -83,4 +88,21 @@ def test_attention_that_is_not_exactly_causal_is_refused(name):
     operator, message = REFUSED[name]
     model = SmallModel(attention=operator)
     with pytest.raises((UnsupportedSiteError, TokenMixingError), match=message):
+        partition(model, model.params(), max_rows=64)
+
+
+MIXED_BY_EXPERTS = {
+    "limited capacity": (experts.limited_capacity, "'cumsum'.*experts of limited capacity let tokens compete"),
+    "load": (experts.balanced, "uses how many tokens chose each expert"),
+    "never unsorted": (experts.never_unsorted, "'reshape'.*token-wise"),
+    "other group sizes": (experts.other_counts, "'ragged_dot_general'.*uses how many tokens"),
+    "a neighbour's row": (experts.neighbours_rows, "'gather'"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED_BY_EXPERTS)
+def test_experts_that_mix_tokens_are_refused(name):
+    mix, message = MIXED_BY_EXPERTS[name]
+    model = SmallModel(mix=mix)
+    with pytest.raises(PartitionError, match=message):
         partition(model, model.params(), max_rows=64)
