@@ -101,7 +101,7 @@ def _counts(program: Program, rows: int, other: Program, other_rows: int) -> dic
     known: dict[Value, Value] = {}
     for a, b in zip(program.equations, other.equations, strict=False):
         for x, y in zip(a.inputs, b.inputs, strict=False):
-            is_scalar = not x.shape and np.issubdtype(x.dtype, np.integer)
+            is_scalar = not x.shape and jnp.issubdtype(x.dtype, jnp.integer)
             if not is_scalar or x not in program.constants or y not in other.constants:
                 continue
             factor, rest = divmod(int(other.constants[y]) - int(program.constants[x]), other_rows - rows)
