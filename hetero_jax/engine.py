@@ -114,6 +114,7 @@ class Engine:
                 max_num_seqs=self.config.max_num_seqs,
                 num_microbatches=self.config.num_microbatches,
                 max_model_len=self.max_model_len,
+                window=self.plan.window,
             )
         )
         self._timings = Timings()

@@ -19,6 +19,9 @@ The rules, in the order in which `schedule()` applies them:
 4. Nobody is admitted while a running sequence lacks a page, nor when the pages left would not let every running
    sequence finish its prompt and open one more page.
 
+Where every site has a sliding window, pages that no later row sees are free as soon as their microbatch is back, so a
+sequence never holds more than its window and one chunk.
+
 Nothing deadlocks: with no microbatch in flight the oldest sequence can take the pages of all others, and `add` made
 sure that the pool holds it. Nothing starves: while a sequence lacks pages nobody is admitted, so those who hold them
 come to their end.
@@ -45,11 +48,20 @@ class SchedulerConfig:
     max_num_seqs: int  # running sequences over all microbatches
     num_microbatches: int  # most microbatches in flight
     max_model_len: int  # most KV positions of one sequence
+    window: int | None = None  # a row sees its own position and window - 1 before it; None: all
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}; allowed: >= 1")
+
+    def most_pages(self, num_positions: int) -> int:
+        """Pages that a sequence holds at most at once on its way to so many positions."""
+        whole = pages_for(num_positions, self.page_size)
+        if self.window is None:
+            return whole
+        # A chunk and what its first row sees, which need not begin with a page.
+        return min(whole, pages_for(self.window - 1 + self.max_num_batched_tokens, self.page_size) + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +72,7 @@ class Chunk:
     start: int
     length: int
     samples: bool  # the last row is the last known token, so a new token is sampled from it
-    pages: tuple[int, ...]  # page table of positions [0, start + length)
+    pages: tuple[int, ...]  # page table of positions [0, start + length); behind the window: some page of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +95,13 @@ class _Sequence:
     max_known: int
     computed: int = 0  # positions whose KV is written
     pages: tuple[int, ...] = ()
+    num_freed: int = 0  # first entries of `pages` that are behind the window and no longer its own
     promised: int = 0  # pages that the tokens known at admission still need
     aborted: bool = False  # ended while in flight; its pages are freed when the microbatch is back
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        return self.pages[self.num_freed :]
 
 
 @dataclass(slots=True)
@@ -151,10 +168,11 @@ class Scheduler:
         wanted = f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} need {positions} KV positions"
         if positions > config.max_model_len:
             raise CapacityError(f"{wanted}; allowed: <= {config.max_model_len} (max_model_len)")
-        if pages_for(positions, config.page_size) > config.num_pages:
-            in_pool = config.num_pages * config.page_size
+        most = config.most_pages(positions)
+        if most > config.num_pages:
             raise CapacityError(
-                f"{wanted}; allowed: <= {in_pool} (the whole pool: {config.num_pages} pages of {config.page_size})"
+                f"{wanted}, {most} pages of {config.page_size} at once; allowed: <= {config.num_pages} pages "
+                "(the whole pool)"
             )
 
     def add(self, seq_id: int, num_prompt_tokens: int, max_tokens: int) -> None:
@@ -195,6 +213,7 @@ class Scheduler:
                 del self._sequences[seq.seq_id]
             else:
                 assert seq.known < seq.max_known, f"sequence {seq.seq_id} has its max_tokens and is not finished"
+                self._free_behind_window(seq)
                 self._make_ready(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -239,7 +258,7 @@ class Scheduler:
             if draft.short_of_pages or self._is_full(draft):
                 return
             seq = self._preempted[0] if self._preempted else next(iter(self._waiting.values()))
-            needed = pages_for(seq.known, self.config.page_size)
+            needed = self.config.most_pages(seq.known)
             if self._num_running and needed > self._pool.num_free - self._promised - self._watermark():
                 return
             if self._preempted:
@@ -305,7 +324,7 @@ class Scheduler:
         """
         idle = (*self._decode_ready.values(), *self._prefill_ready.values())
         younger = sorted((other for other in idle if other.arrival > seq.arrival), key=_arrival)
-        if self._pool.num_free + sum(len(other.pages) for other in younger) < num_pages:
+        if self._pool.num_free + sum(len(other.held) for other in younger) < num_pages:
             return False
         while self._pool.num_free < num_pages:
             victim = younger.pop()
@@ -314,6 +333,24 @@ class Scheduler:
             insort(self._preempted, victim, key=_arrival)
             self.num_preemptions += 1
         return True
+
+    def _free_behind_window(self, seq: _Sequence) -> None:
+        """Gives back the pages that no row from `computed` on sees; the last page stays, to stand in for them."""
+        if self.config.window is None:
+            return
+        oldest = max(0, seq.computed - self.config.window + 1)
+        unseen = min(oldest // self.config.page_size, len(seq.pages) - 1)
+        if unseen <= seq.num_freed:
+            return
+        behind = seq.pages[seq.num_freed : unseen]
+        self._pool.free(behind)
+        seq.pages = (seq.pages[-1],) * unseen + seq.pages[unseen:]
+        seq.num_freed = unseen
+        if seq.known - seq.computed > 1:  # the rest of the prompt will want them again
+            owed = pages_for(seq.known, self.config.page_size) - len(seq.pages)
+            again = min(len(behind), owed - seq.promised)
+            seq.promised += again
+            self._promised += again
 
     # --- the states of a running sequence
 
@@ -328,10 +365,10 @@ class Scheduler:
 
     def _release(self, seq: _Sequence) -> None:
         """Ends the residency of a running sequence: no pages, nothing computed."""
-        self._pool.free(seq.pages)
+        self._pool.free(seq.held)
         self._promised -= seq.promised
         self._num_running -= 1
-        seq.pages, seq.promised, seq.computed = (), 0, 0
+        seq.pages, seq.num_freed, seq.promised, seq.computed = (), 0, 0, 0
 
 
 def _arrival(seq: _Sequence) -> int:

@@ -62,6 +62,12 @@ class Plan:
         """Attention executables per shape of call."""
         return len({site.key for site in self.sites})
 
+    @property
+    def window(self) -> int | None:
+        """Positions, its own included, that a row needs of its sequence at any site; None: all."""
+        windows = [site.spec.window if site.spec else None for site in self.sites]
+        return max((w for w in windows if w), default=None) if all(windows) else None
+
     def row_bytes(self, value: Value) -> int:
         """Bytes of one row of a token value."""
         return row_bytes(value, self.analysis.traced.rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 import hetero_jax as hj
 from hetero_jax.errors import ConfigError, RequestError
-from small_model import SmallModel
+from small_model import SmallModel, softmax_attention
 
 MODEL = SmallModel()
 CONFIG = hj.EngineConfig(kv_cache_bytes=1 << 18, page_size=4, max_num_batched_tokens=8)
@@ -20,12 +22,12 @@ def plan() -> hj.Plan:
     return hj.partition(MODEL, MODEL.params(), max_rows=64)
 
 
-def _greedy(prompt: list[int], count: int) -> list[int]:
-    plain, ids = jax.jit(MODEL.__call__), list(prompt)
+def _greedy(prompt: list[int], count: int, model: SmallModel = MODEL) -> list[int]:
+    plain, ids = jax.jit(model.__call__), list(prompt)
     for _ in range(count):
         # Causal, so padding behind the sequence changes nothing.
-        padded = np.pad(ids, (0, 32 - len(ids)))[None]
-        ids.append(int(plain(MODEL.params(), jnp.asarray(padded), jnp.arange(32)[None])[0, len(ids) - 1].argmax()))
+        padded = np.pad(ids, (0, 64 - len(ids)))[None]
+        ids.append(int(plain(model.params(), jnp.asarray(padded), jnp.arange(64)[None])[0, len(ids) - 1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -34,6 +36,16 @@ def test_an_engine_of_a_plan_generates_what_the_plain_model_does(plan):
     prompts = [[1, 2, 3], list(range(20)), [30]]
     for completion in engine.generate(prompts, hj.SamplingParams(max_tokens=6, temperature=0)):
         assert list(completion.token_ids) == _greedy(prompts[int(completion.id)], 6)
+
+
+def test_with_a_window_sequences_outgrow_the_pool():
+    model = SmallModel(attention=functools.partial(softmax_attention, window=5))
+    plan = hj.partition(model, model.params(), max_rows=64)
+    engine = hj.Engine(plan, hj.EngineConfig(kv_cache_bytes=32 << 10, page_size=4, max_num_batched_tokens=8))
+    assert engine.stats.pages_total * 4 < 30
+    prompts = [list(range(25)), [4] * 19]
+    for completion in engine.generate(prompts, hj.SamplingParams(max_tokens=30, temperature=0)):
+        assert list(completion.token_ids) == _greedy(prompts[int(completion.id)], 30, model)
 
 
 def test_text_needs_a_tokenizer(plan):

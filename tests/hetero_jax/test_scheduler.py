@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_jax.errors import CapacityError, ConfigError, RequestError
-from hetero_jax.scheduler import Batch, Scheduler, SchedulerConfig
+from hetero_jax.scheduler import Batch, Chunk, Scheduler, SchedulerConfig
 
 
-def _config(**changes: int) -> SchedulerConfig:
+def _config(**changes: int | None) -> SchedulerConfig:
     limits = {"num_pages": 1000, "page_size": 16, "max_model_len": 4096}
     load = {"max_num_batched_tokens": 512, "max_num_seqs": 256, "num_microbatches": 2}
     return SchedulerConfig(**(limits | load | changes))
@@ -74,19 +74,26 @@ class _Executor:
             assert chunk.samples == (chunk.start + chunk.length == known)
             assert len(chunk.pages) == -(-(chunk.start + chunk.length) // self.config.page_size)
             table = self.tables.get(chunk.seq_id, ())
+            assert all(0 <= page < self.config.num_pages for page in chunk.pages)
+            seen = self._first_seen(chunk)
             if chunk.start:
-                assert chunk.pages[: len(table)] == table  # what is written stays where it is
-                written = table[: -(-chunk.start // self.config.page_size)]
+                assert chunk.pages[seen : len(table)] == table[seen:]  # what is written stays where it is
+                written = table[seen : -(-chunk.start // self.config.page_size)]
                 assert all(self.owner[page] == chunk.seq_id for page in written)  # nobody else has written there
+            assert len(chunk.pages) - seen <= self.config.most_pages(chunk.start + chunk.length)
             self.tables[chunk.seq_id] = chunk.pages
-            self.owner.update(dict.fromkeys(chunk.pages, chunk.seq_id))
+            self.owner.update(dict.fromkeys(chunk.pages[seen:], chunk.seq_id))
         self.in_flight[batch.batch_id] = batch
-        flying = [page for b in self.in_flight.values() for c in b.chunks for page in c.pages]
+        flying = [page for b in self.in_flight.values() for c in b.chunks for page in c.pages[self._first_seen(c) :]]
         assert len(flying) == len(set(flying))
-        assert all(0 <= page < self.config.num_pages for page in flying)
         assert len(flying) <= self.scheduler.pages_used <= self.config.num_pages
         assert self.scheduler.num_running <= self.config.max_num_seqs
         return batch
+
+    def _first_seen(self, chunk: Chunk) -> int:
+        """The first page that a row of the chunk sees."""
+        window = self.config.window or self.config.max_model_len
+        return max(0, chunk.start - window + 1) // self.config.page_size
 
     def land(self, batch_id: int) -> None:
         finished: dict[int, bool] = {}
@@ -126,8 +133,10 @@ def _jobs(draw: st.DrawFn) -> tuple[SchedulerConfig, list[tuple[int, int, int]]]
         max_num_seqs=draw(st.integers(1, 8)),
         num_microbatches=draw(st.integers(1, 4)),
         max_model_len=64,
+        window=draw(st.one_of(st.none(), st.integers(1, 64))),
     )
-    limit = min(num_pages * page_size, config.max_model_len)
+    fitting = (n for n in range(config.max_model_len, 0, -1) if config.most_pages(n) <= num_pages)
+    limit = next(fitting)
     jobs: list[tuple[int, int, int]] = []
     for _ in range(draw(st.integers(0, 12))):
         prompt = draw(st.integers(1, limit))
@@ -193,6 +202,15 @@ def test_single_prompt_is_prefilled_in_chunks_and_decoded() -> None:
         executor.land(batch.batch_id)
     assert seen == [(0, 8, False, 2), (8, 8, False, 4), (16, 4, True, 5), (20, 1, True, 6), (21, 1, True, 6)]
     assert executor.done == {7: 3} and executor.scheduler.pages_used == 0
+
+
+def test_a_window_frees_pages_and_lets_a_sequence_be_longer_than_the_pool() -> None:
+    executor = _Executor(_config(num_pages=5, page_size=4, max_num_batched_tokens=8, window=6))
+    executor.add(0, prompt=60, max_tokens=20)
+    executor.drain(random.Random(0))
+    assert executor.done == {0: 20} and executor.scheduler.num_preemptions == 0
+    with pytest.raises(CapacityError, match="20 pages of 4 at once; allowed: <= 5"):
+        Scheduler(_config(num_pages=5, page_size=4, max_num_batched_tokens=8)).check(60, 20)
 
 
 def test_nothing_to_do() -> None:
@@ -322,7 +340,9 @@ def test_a_long_prompt_is_not_started_where_it_cannot_end() -> None:
 def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     scheduler = Scheduler(_config(num_pages=4, page_size=16, max_model_len=100))
     scheduler.add(0, 60, 5)  # 64 positions
-    with pytest.raises(CapacityError, match=r"65 KV positions; allowed: <= 64 \(the whole pool"):
+    with pytest.raises(
+        CapacityError, match=r"65 KV positions, 5 pages of 16 at once; allowed: <= 4 pages \(the whole pool"
+    ):
         scheduler.add(1, 60, 6)
     with pytest.raises(CapacityError, match=r"101 KV positions; allowed: <= 100 \(max_model_len\)"):
         scheduler.add(2, 2, 100)
