@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,13 +17,14 @@ from hetero_jax.engine import Engine
 from hetero_jax.errors import ConfigError, HeteroJaxError
 from hetero_jax.job import EXIT_CLEAN, EXIT_FAILED, JobConfig, run_job
 from hetero_jax.sampling_params import SamplingParams
-from partition import PartitionError
+from partition import PartitionError, Plan, partition
 
 _OVERVIEW = """hetero-jax: offline LLM generation; KV cache and attention on the CPU, the rest on the accelerator.
 
   hetero-jax generate --model=MODEL --input=prompts.jsonl --output=completions.jsonl --max_tokens=64 --temperature=0
   hetero-jax convert  --model=MODEL --output=FOLDER      write an Orbax checkpoint that loads without conversion
   hetero-jax plan     --model=MODEL                      print how the model is cut, and run nothing
+  hetero-jax plan     --module=package.module:build      the same for a model of yours: build() returns it
 
 MODEL is a GGUF file, a Hugging Face folder (config.json, *.safetensors, tokenizer.json), an Orbax checkpoint made by
 `hetero-jax convert`, or random:NAME for random weights of a public shape (random:llama-3-8b).
@@ -72,7 +74,7 @@ def _run(
     return EXIT_FAILED
 
 
-def _model_flags(values: flags.FlagValues) -> None:
+def _model_flags(values: flags.FlagValues, *, required: bool = True) -> None:
     flags.DEFINE_string(
         "model", None, "GGUF file, Hugging Face folder, Orbax checkpoint or random:NAME.", flag_values=values
     )
@@ -80,7 +82,8 @@ def _model_flags(values: flags.FlagValues) -> None:
         "dtype", "float32", ["float32", "bfloat16"], "Type of weights and activations.", flag_values=values
     )
     flags.DEFINE_integer("seed", 0, "Seed of rows that bring none, and of random weights.", flag_values=values)
-    flags.mark_flag_as_required("model", flag_values=values)
+    if required:
+        flags.mark_flag_as_required("model", flag_values=values)
 
 
 def _engine_flags(values: flags.FlagValues) -> None:
@@ -122,8 +125,12 @@ _OF_ROWS = "Sampling parameter of rows that do not set it."
 
 
 def _plan_flags(values: flags.FlagValues) -> None:
-    _model_flags(values)
+    _model_flags(values, required=False)
     _engine_flags(values)
+    flags.DEFINE_string(
+        "module", None, "package.module:build; build() returns a module, or (function, params).", flag_values=values
+    )
+    flags.DEFINE_string("draw", None, "Draw the plan into this SVG file too.", flag_values=values)
 
 
 def _convert_flags(values: flags.FlagValues) -> None:
@@ -161,10 +168,32 @@ def _convert(values: dict[str, Any]) -> int:
 
 
 def _plan(values: dict[str, Any]) -> int:
-    engine = _engine(values)
-    print(engine.plan)
-    print(engine)
+    if (values["model"] is None) == (values["module"] is None):
+        raise ConfigError(f"model={values['model']}, module={values['module']}; allowed: exactly one of the two")
+    if values["module"] is not None:
+        plan = _plan_of_module(values["module"], values["max_model_len"])
+        print(plan)
+    else:
+        engine = _engine(values)
+        plan = engine.plan
+        print(plan)
+        print(engine)
+    if values["draw"] is not None:
+        plan.draw(values["draw"])
     return EXIT_CLEAN
+
+
+def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
+    module, _, attribute = name.partition(":")
+    try:
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # a console script does not look in the working directory by itself
+        build = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"module={name!r}: {error}; allowed: package.module:function") from error
+    built = build()
+    model, params = built if isinstance(built, tuple) else (built, None)
+    return partition(model, params, **({} if max_model_len is None else {"max_rows": max_model_len}))
 
 
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:

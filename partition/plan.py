@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from partition.analysis import Analysis, analyse
 from partition.attention_spec import AttentionSpec
 from partition.cut import Stage, constants_of, cut
+from partition.draw import picture
 from partition.forward import Forward, as_forward
 from partition.jaxpr import Value
 from partition.planned_site import PlannedSite
@@ -20,6 +23,9 @@ from partition.recognise import plan_site
 from partition.sites import Site, find_sites
 from partition.structure import row_bytes, size_bytes
 from partition.trace import check_any_rows, trace_causal
+
+if TYPE_CHECKING:
+    from partition.verify import Verification
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -41,6 +47,21 @@ class Plan:
         """The same plan, which keeps no parameters alive."""
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.forward.params)
         return replace(self, forward=replace(self.forward, params=shapes))
+
+    def verify(self, params: Any, tokens: Sequence[int], *, seed: int = 0) -> Verification:
+        """Decode `tokens` with a cache beside the plain model and report the largest difference of each stage and site.
+
+        Args:
+          params: the pytree that the plan was made from, with arrays.
+          tokens: [T] ids, split at random (by `seed`) into prefill chunks and single rows.
+        """
+        from partition.verify import verify  # which needs plans
+
+        return verify(self, params, tokens, seed=seed)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Write an SVG picture of stages and sites, with the bytes of a row that pass between them."""
+        Path(path).write_text(picture(self), encoding="utf-8")
 
     @property
     def constants(self) -> Mapping[Value, Any]:
@@ -82,9 +103,11 @@ class Plan:
         return sum(math.prod(port.layout.inner) for port in cached) * itemsize
 
     def __repr__(self) -> str:
-        return "\n".join([self._headline(), *self._stage_lines()])
+        return "\n".join([self.headline, *(f"  {name}: {text}" for name, text in self.parts())])
 
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """How many stages, sites and executables."""
         equations = len(self.analysis.traced.program.equations)
         executables = f"{self.num_dense_executables} dense + {self.num_attention_executables} attention executables"
         return (
@@ -92,17 +115,17 @@ class Plan:
             f"{executables} per bucket of rows"
         )
 
-    def _stage_lines(self) -> list[str]:
-        lines = []
+    def parts(self) -> list[tuple[str, str]]:
+        """(name, description) of stages and sites in turn; runs of equal ones are one."""
+        found = []
         for _, group in itertools.groupby(self.stages, key=lambda stage: (stage.key, self._site_key_after(stage))):
             same = list(group)
-            name = f"stage {same[0].index}" if len(same) == 1 else f"stages {same[0].index}..{same[-1].index}"
-            lines.append(f"  {name}: {self._describe(same[0])}")
-            if same[0].index < len(self.sites):
-                last = same[-1].index
-                where = f"site {same[0].index}" if len(same) == 1 else f"sites {same[0].index}..{last}"
-                lines.append(f"  {where}: {_describe_site(self.sites[same[0].index])}")
-        return lines
+            first, last = same[0].index, same[-1].index
+            numbers = f" {first}" if first == last else f"s {first}..{last}"
+            found.append((f"stage{numbers}", self._describe(same[0])))
+            if first < len(self.sites):
+                found.append((f"site{numbers}", _describe_site(self.sites[first])))
+        return found
 
     def _site_key_after(self, stage: Stage) -> Any:
         return self.sites[stage.index].key if stage.index < len(self.sites) else None

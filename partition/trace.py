@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +72,7 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
     """
     leaves = jax.tree_util.tree_leaves_with_path(forward.params)
     rows, other_rows = _unlike_dimensions(forward.params, max_rows)
-    program, other_program = (_trace_at(forward, each) for each in (rows, other_rows))
+    program, other_program = (trace_at(forward, each) for each in (rows, other_rows))
     _check_output(program, rows)
     count = len(leaves)
     return Traced(
@@ -89,7 +90,8 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
     )
 
 
-def _trace_at(forward: Forward, rows: int) -> Program:
+def trace_at(forward: Forward, rows: int) -> Program:
+    """The program of `rows` tokens; its inputs are the leaves of the parameters, tokens and positions."""
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), forward.params)
     tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
     return trace(forward.fn, abstract, tokens, tokens, rows=rows)
@@ -132,17 +134,22 @@ def check_any_rows(traced: Traced) -> None:
 def _unlike_dimensions(params: Any, max_rows: int) -> tuple[int, int]:
     """Two primes that divide no dimension of a weight, so that an axis of such a size must count tokens."""
     taken = {dimension for leaf in jax.tree.leaves(params) for dimension in leaf.shape}
-    candidates = (p for p in _primes_below(min(max_rows, _LARGEST_TRACE_ROWS) + 1) if all(size % p for size in taken))
+    limit = min(max_rows, _LARGEST_TRACE_ROWS)
+    candidates = (p for p in range(limit, 6, -1) if _is_prime(p) and all(size % p for size in taken))
     first, second = next(candidates, None), next(candidates, None)
     if first is None or second is None:
         raise TraceError(f"max_model_len {max_rows} is too short to trace the model; at least 16 is needed")
     return first, second
 
 
-def _primes_below(limit: int) -> Iterator[int]:
-    for number in range(limit - 1, 6, -1):
-        if all(number % divisor for divisor in range(2, int(number**0.5) + 1)):
-            yield number
+def rows_unlike_dimensions(params: Any, at_least: int) -> Iterator[int]:
+    """Primes from `at_least` on that divide no dimension of a weight."""
+    taken = {dimension for leaf in jax.tree.leaves(params) for dimension in leaf.shape}
+    return (p for p in itertools.count(max(at_least, 7)) if _is_prime(p) and all(size % p for size in taken))
+
+
+def _is_prime(number: int) -> bool:
+    return all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
 def _check_output(program: Program, rows: int) -> None:
@@ -201,7 +208,7 @@ def _position_tables(forward: Forward, program: Program, rows: int, max_rows: in
             f"the model captures an array with two token axes, {square[0]}, while it is traced; "
             "allowed: masks made with jax.numpy inside the call (not with NumPy)"
         )
-    at_most = _trace_at(forward, max_rows)
+    at_most = trace_at(forward, max_rows)
     order = {value: index for index, value in enumerate(program.constants)}
     captured = list(at_most.constants.values())
     return {value: captured[order[value]] for value in tables}

@@ -53,7 +53,11 @@ def test_help_of_a_command_lists_its_flags(capsys, command, flag):
     ("args", "message"),
     [
         (("serve",), "unknown command 'serve'; allowed: generate, convert, plan"),
-        (("plan",), "model"),
+        (("plan",), "exactly one of the two"),
+        (("plan", "--model=random:tiny", "--module=small_model:build"), "exactly one of the two"),
+        (("plan", "--module=small_model"), "allowed: package.module:function"),
+        (("plan", "--module=small_model:nothing"), "allowed: package.module:function"),
+        (("plan", "--module=no.such.module:build"), "No module named 'no'"),
         (("plan", "--model=random:tiny", "--temprature=1"), "temprature"),
         (("plan", "--model=random:tiny", "more"), "unexpected argument 'more'"),
         (("plan", "--model=/no/such/model"), "/no/such/model"),
@@ -127,6 +131,16 @@ def test_converted_checkpoint_gives_the_same_tokens(capsys, tmp_path, prompts):
         args = ("generate", f"--model={model}", f"--input={prompts}", f"--output={tmp_path / output}", *SMALL)
         assert _cli(capsys, *args)[0] == 0
     assert _tokens(tmp_path / "a") == _tokens(tmp_path / "b")
+
+
+def test_plan_of_a_builder_is_printed_and_drawn(capsys, tmp_path, monkeypatch):
+    text = "from small_model import SmallModel\ndef build():\n    return SmallModel(), SmallModel().params()\n"
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = _cli(capsys, "plan", "--module=mine:build", "--max_model_len=64", "--draw=plan.svg")
+    assert code == 0
+    assert "3 dense stages and 2 attention sites" in out
+    assert "6 heads over 2 kv heads" in (tmp_path / "plan.svg").read_text()
 
 
 def test_plan_prints_stages_and_sites(capsys):
