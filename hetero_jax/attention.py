@@ -50,7 +50,14 @@ def page_bytes(spec: AttentionSpec, *, page_size: int, dtype: Any) -> int:
 
 
 def paged_attention(
-    pool: KVPool, q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionLayout, site: AttentionSpec
+    pool: KVPool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layout: AttentionLayout,
+    site: AttentionSpec,
+    *,
+    sinks: jax.Array | None = None,
 ) -> tuple[KVPool, jax.Array]:
     """Append this call's keys and values, then attend causally for every row: prefill chunks and decode rows together.
 
@@ -59,6 +66,7 @@ def paged_attention(
       q: [R, num_heads, head_dim]; k: [R, num_kv_heads, head_dim]; v: [R, num_kv_heads, v_head_dim].
       layout: the same R rows.
       site: scale, window, soft cap and linear biases.
+      sinks: [num_heads] a score of each head that takes part in the sum and brings no value. None: none does.
     Returns:
       the pool, and [R, num_heads, v_head_dim] in q's dtype; rows of no sequence are 0.
     """
@@ -70,13 +78,15 @@ def paged_attention(
 
     def attend(source: jax.Array, page_table: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
         keys, values = (paged_rows.gather(array, page_table, pool.dtype) for array in (pool.k, pool.v))
-        return (_attend(q[source], keys, values, positions, site).astype(q.dtype),)
+        return (_attend(q[source], keys, values, positions, site, sinks).astype(q.dtype),)
 
     (out,) = paged_rows.over_sequences(layout, q.shape[0], attend)
     return pool, out
 
 
-def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, site: AttentionSpec) -> jax.Array:
+def _attend(
+    q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, site: AttentionSpec, sinks: jax.Array | None
+) -> jax.Array:
     """[Q, heads, v_dim] f32 of q [Q, heads, dim] at `positions` [Q] over keys, values [C, kv_heads, dim] from 0 on."""
     group = site.num_heads // site.num_kv_heads
     q = q.reshape(q.shape[0], site.num_kv_heads, group, site.head_dim).astype(jnp.float32)
@@ -92,8 +102,13 @@ def _attend(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Arr
     # A padding row sees nothing; the floor keeps its weights finite.
     scores = jnp.where(visible, scores, -jnp.inf)
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(site.num_kv_heads, group, 1, 1)
+        top = jnp.maximum(top, sink)
     weights = jnp.exp(scores - top)
     total = jnp.maximum(weights.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
+    if sinks is not None:
+        total += jnp.exp(sink - top)[..., 0]
     out = jnp.einsum("hgqc,chd->qhgd", weights, values.astype(jnp.float32))
     out = out / jnp.transpose(total, (2, 0, 1))[..., None]
     return out.reshape(out.shape[0], site.num_heads, site.v_head_dim)

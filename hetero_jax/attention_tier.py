@@ -68,7 +68,9 @@ class AttentionTier:
             )
         self.num_pages = kv_cache_bytes // page_bytes
         self._pools = [kernel.make_pool(num_pages=self.num_pages, page_size=page_size) for kernel in self._kernels]
-        self._weights = [tuple(jax.device_put(weights[value], device) for value in site.weights) for site in sites]
+        self._weights = [
+            jax.device_put(site.kernel_weights([weights[value] for value in site.weights]), device) for site in sites
+        ]
         jitted = {kernel: jax.jit(kernel.attend, donate_argnums=0) for kernel in made.values()}
         self._calls = [jitted[kernel] for kernel in self._kernels]
 
@@ -145,7 +147,8 @@ class _SpecKernel:
         )
 
     def attend(self, pool: Any, inputs: Any, layout: AttentionLayout, weights: Any) -> tuple[Any, Any]:
-        pool, out = self._module.paged_attention(pool, *inputs, layout, self._spec)
+        sinks = weights[0] if self._spec.has_sinks else None
+        pool, out = self._module.paged_attention(pool, *inputs, layout, self._spec, sinks=sinks)
         return pool, (out,)
 
 

@@ -16,6 +16,7 @@ class AttentionSpec:
     Query head h reads key-value head h // (num_heads // num_kv_heads). window None: all earlier tokens.
     softcap c: cap(x) = c * tanh(x / c); None: cap(x) = x.
     alibi_slopes: of each query head; the bias is slope * (j - i). None: no bias.
+    has_sinks: the softmax of each query head has one score more, its sink, which brings no value.
     """
 
     num_heads: int
@@ -26,12 +27,22 @@ class AttentionSpec:
     window: int | None = None
     softcap: float | None = None
     alibi_slopes: tuple[float, ...] | None = None
+    has_sinks: bool = False
 
 
 def reference_attention(
-    spec: AttentionSpec, q: Array, k: Array, v: Array, query_positions: Array, key_positions: Array
+    spec: AttentionSpec,
+    q: Array,
+    k: Array,
+    v: Array,
+    query_positions: Array,
+    key_positions: Array,
+    sinks: Array | None = None,
 ) -> Array:
-    """The definition of `AttentionSpec` in NumPy: q [queries, heads, dim], k and v [keys, kv_heads, dim]."""
+    """The definition of `AttentionSpec` in NumPy.
+
+    q: [queries, heads, dim]. k, v: [keys, kv_heads, dim]. sinks: [heads], of a spec that has them.
+    """
     group = spec.num_heads // spec.num_kv_heads
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = spec.scale * np.einsum("qhd,khd->hqk", q, k)
@@ -42,5 +53,7 @@ def reference_attention(
         scores = scores - np.array(spec.alibi_slopes)[:, None, None] * distance
     visible = (distance >= 0) & (distance < (spec.window or np.inf))
     scores = np.where(visible, scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", weights / weights.sum(axis=-1, keepdims=True), v)
+    sink = np.full((spec.num_heads, 1, 1), -np.inf) if sinks is None else sinks[:, None, None]
+    top = np.maximum(scores.max(axis=-1, keepdims=True), sink)
+    weights = np.exp(scores - top)
+    return np.einsum("hqk,khd->qhd", weights / (weights.sum(axis=-1, keepdims=True) + np.exp(sink - top)), v)

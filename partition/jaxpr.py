@@ -74,7 +74,7 @@ def trace(fn: Callable[..., Any], *args: Any, rows: int | None = None) -> Progra
 
     Args:
       args: pytrees of arrays or `jax.ShapeDtypeStruct`.
-      rows: scans of so many steps run along the tokens and stay; all others are unrolled.
+      rows: scans of so many steps run along the tokens and stay, if they carry something; all others are unrolled.
 
     Raises:
       TraceError: JAX could not trace the function.
@@ -155,6 +155,8 @@ class _Flattener:
                 results = self.inline(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, where)
             elif eqn.primitive.name == "scan" and eqn.params["length"] != self.rows:
                 results = self.unroll(eqn.params, operands, where)
+            elif eqn.primitive.name == "scan" and _scan_counts(eqn.params)[1] == 0:
+                results = self.side_by_side(eqn.params, operands, where)
             else:
                 results = self.add(eqn, operands, where)
             env.update(zip(eqn.outvars, results, strict=True))
@@ -174,6 +176,14 @@ class _Flattener:
             collected.append(results[num_carry:])
         ordered = collected[::-1] if params["reverse"] else collected
         return [*carry, *(self.stack(layers, where) for layers in zip(*ordered, strict=True))]
+
+    def side_by_side(self, params: Mapping[str, Any], operands: Sequence[Value], where: str) -> list[Value]:
+        """The equations of a scan that carries nothing (`lax.map`): what vmap makes of its body."""
+        num_consts, _ = _scan_counts(params)
+        axes = (None,) * num_consts + (0,) * (len(operands) - num_consts)
+        body = jax.vmap(jex_core.jaxpr_as_fun(params["jaxpr"]), in_axes=axes, axis_size=params["length"])
+        closed = jax.make_jaxpr(body)(*(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in operands))
+        return self.inline(closed.jaxpr, closed.consts, operands, where)
 
     def take_layer(self, value: Value, index: int, where: str) -> Value:
         key = ("take_layer", value, index)

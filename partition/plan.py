@@ -158,6 +158,8 @@ def _describe_spec(spec: AttentionSpec) -> str:
         parts.append(f"soft cap {spec.softcap:g}")
     if spec.alibi_slopes is not None:
         parts.append("linear biases (ALiBi)")
+    if spec.has_sinks:
+        parts.append("a sink per head")
     return ", ".join(parts)
 
 

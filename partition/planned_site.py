@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from partition.attention_spec import AttentionSpec
 from partition.jaxpr import Value
@@ -37,6 +38,23 @@ class PlannedSite:
     def weights(self) -> tuple[Value, ...]:
         """Weights that tier 2 needs to compute the site."""
         return self.site.weights
+
+    def kernel_weights(self, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """What each call takes, of the arrays of `self.weights`: these, or what a kernel makes of them."""
+        if self.spec is None:
+            return tuple(weights)
+        return (self.sinks(weights),) if self.spec.has_sinks else ()
+
+    def sinks(self, weights: Sequence[jax.Array]) -> jax.Array:
+        """[num_heads] float32: what is missing of the weight of a single key of score 0 is the sink's."""
+        at = jnp.zeros(1, jnp.int32)
+        rows = [
+            jnp.full((1, *port.layout.inner), 1.0 if port.name == "v" else 0.0, jnp.float32) for port in self.inputs
+        ]
+        wide = dataclasses.replace(self, function=dataclasses.replace(self.function, widened=True))
+        (out,) = wide.attend(rows, at, at, weights)
+        seen = out[0, :, 0]
+        return jnp.log(jnp.maximum(1 - seen, jnp.finfo(jnp.float32).tiny)) - jnp.log(seen)
 
     @property
     def key(self) -> Any:

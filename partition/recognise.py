@@ -81,12 +81,26 @@ def _recognised(traced: PlannedSite, wide: SiteFunction, max_rows: int) -> Plann
         name: dataclasses.replace(port, name=name, layout=ordered(port.layout, inners[name], getattr(roles, name)))
         for name, port in operands.ports.items()
     }
-    spec = _Probe(operands, roles, max_rows).spec()
-    return dataclasses.replace(traced, inputs=(ports["q"], ports["k"], ports["v"]), outputs=(ports["out"],), spec=spec)
+    probe = _Probe(operands, roles, max_rows)
+    spec = dataclasses.replace(probe.spec(), has_sinks=bool(traced.weights))
+    found = dataclasses.replace(
+        traced, function=wide, inputs=(ports["q"], ports["k"], ports["v"]), outputs=(ports["out"],), spec=spec
+    )
+    operands.weights = _random_weights(traced)
+    probe.check(spec, np.asarray(found.sinks(operands.weights), np.float64) if spec.has_sinks else None)
+    return dataclasses.replace(found, function=traced.function)
+
+
+def _random_weights(traced: PlannedSite) -> list[jax.Array]:
+    random = np.random.default_rng(4)
+    return [jnp.asarray(random.normal(size=value.shape), value.dtype) for value in traced.weights]
 
 
 class _Operands:
     """A site with one q, k, v and output, as a function of flat rows.
+
+    weights: what the site gets for its weights; at first so negative that, where they are scores of sinks, these have
+      no weight.
 
     Raises:
       NotRecognisedError: it has others.
@@ -95,14 +109,16 @@ class _Operands:
     def __init__(self, traced: PlannedSite, wide: SiteFunction) -> None:
         queries = [port for port in traced.inputs if not port.is_cached]
         keys = [port for port in traced.inputs if port.is_cached]
-        if len(queries) != 1 or len(keys) != 2 or len(traced.outputs) != 1 or traced.weights:
+        if len(queries) != 1 or len(keys) != 2 or len(traced.outputs) != 1:
             raise NotRecognisedError(
-                f"it takes {len(queries)} values on the query side, {len(keys)} on the key side and "
-                f"{len(traced.weights)} weights, and gives {len(traced.outputs)}"
+                f"it takes {len(queries)} values on the query side and {len(keys)} on the key side, and gives "
+                f"{len(traced.outputs)}"
             )
-        if not all(jnp.issubdtype(port.value.dtype, jnp.floating) for port in (*traced.inputs, *traced.outputs)):
+        values = (*(port.value for port in (*traced.inputs, *traced.outputs)), *traced.weights)
+        if not all(jnp.issubdtype(value.dtype, jnp.floating) for value in values):
             raise NotRecognisedError("it takes or gives values of no float type")
         self.traced, self.function = traced, wide
+        self.weights = [jnp.full(value.shape, -1e4, value.dtype) for value in traced.weights]
         self._forward, self._backward = jax.jit(self._flat), jax.jit(self._slope)
         self.ports = {"q": queries[0], "k": keys[0], "v": keys[1], "out": traced.outputs[0]}
         if self._is_value("k"):
@@ -118,23 +134,24 @@ class _Operands:
         """
         times = _PROBE_KEYS // len(key_positions)
         k, v, key_positions = (np.repeat(each, times, axis=0) for each in (k, v, key_positions))
-        return np.asarray(self._forward(q[None], k, v, np.array([query_position]), key_positions)[0], np.float64)
+        found = self._forward(self.weights, q[None], k, v, np.array([query_position]), key_positions)
+        return np.asarray(found[0], np.float64)
 
     def slope(self, k: Array, v: Array, cotangent: Array) -> Array:
         """[q elements]: the derivative of a sum of outputs by q at q = 0, all keys at one position."""
         k, v = (np.repeat(each, _PROBE_KEYS // len(each), axis=0) for each in (k, v))
         q = np.zeros((1, self.sizes["q"]), np.float32)
-        return np.asarray(self._backward(q, k, v, np.asarray(cotangent, np.float32))[0], np.float64)
+        return np.asarray(self._backward(self.weights, q, k, v, np.asarray(cotangent, np.float32))[0], np.float64)
 
-    def _flat(self, q: Array, k: Array, v: Array, query_positions: Any, key_positions: Any) -> jax.Array:
+    def _flat(self, weights: Any, q: Array, k: Array, v: Array, query_positions: Any, key_positions: Any) -> jax.Array:
         arrays = {self.ports["q"]: q, self.ports["k"]: k, self.ports["v"]: v}
         rows = [port.layout.from_canonical(jnp.asarray(arrays[port], jnp.float32)) for port in self.traced.inputs]
-        (out,) = self.function(rows, query_positions, key_positions)
+        (out,) = self.function(rows, query_positions, key_positions, weights)
         return self.ports["out"].layout.to_canonical(out).reshape(len(query_positions), -1)
 
-    def _slope(self, q: jax.Array, k: Array, v: Array, cotangent: Array) -> jax.Array:
+    def _slope(self, weights: Any, q: jax.Array, k: Array, v: Array, cotangent: Array) -> jax.Array:
         at = jnp.full(_PROBE_KEYS, POSITION)
-        return jax.grad(lambda q: jnp.sum(self._flat(q, k, v, at[:1], at)[0] * cotangent))(q)
+        return jax.grad(lambda q: jnp.sum(self._flat(weights, q, k, v, at[:1], at)[0] * cotangent))(q)
 
     def _is_value(self, name: str) -> bool:
         """Does the output for a single key change with this operand?"""
@@ -198,7 +215,6 @@ class _Probe:
             softcap=softcap,
             alibi_slopes=slopes,
         )
-        self.check(spec)
         return spec
 
     def allowed(self, distance: int) -> bool:
@@ -282,7 +298,7 @@ class _Probe:
                 return exact
         return scale
 
-    def check(self, spec: AttentionSpec) -> None:
+    def check(self, spec: AttentionSpec, sinks: Array | None) -> None:
         """The description against the site's own subgraph, on random numbers."""
         random = np.random.default_rng(0)
         near = np.arange(_PROBE_KEYS - 4) - 14 + (spec.window or 0)
@@ -292,7 +308,7 @@ class _Probe:
         v = random.normal(size=(len(keys), spec.num_kv_heads, spec.v_head_dim))
         for query in keys[-12:]:
             q = random.normal(size=(spec.num_heads, spec.head_dim))
-            expected = reference_attention(spec, q[None], k, v, np.array([query]), keys)[0]
+            expected = reference_attention(spec, q[None], k, v, np.array([query]), keys, sinks)[0]
             error = float(np.abs(self.run(q, k, v, query, keys) - expected).max())
             if not error <= 1e-4:
                 raise NotRecognisedError(f"it differs from {spec} by {error:.3g} on random input")

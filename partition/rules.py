@@ -70,6 +70,11 @@ def axis_map(eqn: Equation) -> AxisMap:
       UnsupportedPrimitiveError: the table has no rule for the primitive.
     """
     rule = _RULES.get(eqn.primitive)
+    if rule is None and eqn.primitive == "pallas_call":
+        raise UnsupportedPrimitiveError(
+            f"a pallas kernel is called at {eqn.where}, which cannot be looked into; allowed: the XLA implementation "
+            "of the same function (libraries choose it by an argument like implementation='xla')"
+        )
     if rule is None and eqn.primitive == "scan":
         raise TokenMixingError(
             f"'scan' at {eqn.where} takes {eqn.params['length']} steps along the token axis, each from the last: a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -47,6 +48,7 @@ class _Case:
         self.k = [draw(c + n, spec.num_kv_heads, spec.head_dim) for c, n in lengths]
         self.v = [draw(c + n, spec.num_kv_heads, spec.v_head_dim) for c, n in lengths]
         self.q = [draw(n, spec.num_heads, spec.head_dim) for _, n in lengths]
+        self.sinks = np.linspace(-2, 3, spec.num_heads) if spec.has_sinks else None
 
     def pool(self) -> KVPool:
         """A pool of noise with the earlier contexts written to their pages."""
@@ -71,14 +73,14 @@ class _Case:
             return np.concatenate([joined, np.ones((noise, *joined.shape[1:]), self.dtype)])
 
         k, v = ([a[c.start :] for a, c in zip(arrays, self.batch.chunks, strict=True)] for arrays in (self.k, self.v))
-        return _jitted(self.spec)(self.pool(), rows(self.q), rows(k), rows(v), packed.layout)
+        return _jitted(self.spec)(self.pool(), rows(self.q), rows(k), rows(v), packed.layout, sinks=self.sinks)
 
     def expected(self) -> np.ndarray:
         found = []
         for chunk, q, k, v in zip(self.batch.chunks, self.q, self.k, self.v, strict=True):
             queries = np.arange(chunk.start, chunk.start + chunk.length)
             wide = (array.astype(np.float64) for array in (q, k, v))
-            found.append(reference_attention(self.spec, *wide, queries, np.arange(len(k))))
+            found.append(reference_attention(self.spec, *wide, queries, np.arange(len(k)), self.sinks))
         return np.concatenate(found)
 
 
@@ -91,6 +93,8 @@ SPECS = [
     _spec(group=2, window=70),
     _spec(softcap=1.5),
     _spec(dim=4, v_dim=20),
+    dataclasses.replace(_spec(), alibi_slopes=tuple(2.0**-i for i in range(6))),
+    dataclasses.replace(_spec(group=1), has_sinks=True),
 ]
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from partition import PartitionError, TokenMixingError, TraceError, UnsupportedPrimitiveError, UnsupportedSiteError
 from partition import partition as make_plan
@@ -33,6 +34,17 @@ def _scan(x):
     return jnp.moveaxis(jax.lax.scan(lambda c, row: (c + row, c), x[:, 0], jnp.moveaxis(x, 1, 0))[1], 0, 1)
 
 
+def _batch_norm(x):
+    return (x - x.mean(axis=(0, 1))) / jnp.sqrt(x.var(axis=(0, 1)) + 1e-5)
+
+
+def _pallas(x):
+    def double(source, target):
+        target[...] = 2 * source[...]
+
+    return pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
+
+
 MIXING = {
     "token shift": (_shift, TokenMixingError, r"'slice'.*moves, drops or combines rows"),
     "cumulative sum": (lambda x: jnp.cumsum(x, axis=1), TokenMixingError, "'cumsum'"),
@@ -46,6 +58,14 @@ MIXING = {
     "reversal": (lambda x: x[:, ::-1], TokenMixingError, "'rev'"),
     "sort by token": (lambda x: jnp.sort(x, axis=1), TokenMixingError, "'sort'"),
     "linear attention": (_linear_attention, TokenMixingError, "contracts the token axis outside an attention site"),
+    "batch norm": (_batch_norm, TokenMixingError, "'reduce_sum'.*over the token axis"),
+    "quantised per tensor": (
+        lambda x: jnp.round(x / jnp.abs(x).max() * 127),
+        TokenMixingError,
+        "'reduce_max'.*over the token axis",
+    ),
+    "associative scan": (lambda x: jax.lax.associative_scan(jnp.add, x, axis=1), TokenMixingError, "'slice'"),
+    "pallas": (_pallas, UnsupportedPrimitiveError, "pallas kernel.*allowed: the XLA implementation"),
     "merged axes": (lambda x: jnp.tanh(x.mT.reshape(1, -1)).reshape(x.shape), TokenMixingError, "'reshape'"),
     "convolution": (_conv, UnsupportedPrimitiveError, "'conv_general_dilated'.*has no rule"),
     "recurrence": (_scan, PartitionError, "'(slice|scan|transpose)'"),

@@ -152,6 +152,19 @@ def by_loop(q, k, v, positions):
     return jnp.stack(heads, axis=1)[None]
 
 
+def by_rows(q, k, v, positions):
+    """lax.map over the queries."""
+    k, v = _repeated(q, k, v)
+
+    def row(step):
+        query, index = step
+        scores = jnp.einsum("hd,shd->hs", query, k[0]) / 2
+        scores = jnp.where(jnp.arange(k.shape[1]) <= index, scores, -jnp.inf)
+        return jnp.einsum("hs,shd->hd", jax.nn.softmax(scores), v[0])
+
+    return jax.lax.map(row, (q[0], jnp.arange(q.shape[1])))[None]
+
+
 def by_vmap(q, k, v, positions):
     """vmap over batch and heads."""
 
