@@ -33,7 +33,7 @@ class SiteKernel(Protocol):
 
 
 class AttentionTier:
-    """Serves `attend` for each site; the pools are donated to the call and replaced by its result.
+    """Serves `attend` for each site; a pool is donated to the call and replaced by its result.
 
     Args:
       sites: of the plan.
@@ -60,14 +60,17 @@ class AttentionTier:
         choose = _KernelChoice(dtype=dtype, device=device)
         made = {key: choose(site) for key, site in {site.key: site for site in reversed(sites)}.items()}
         self._kernels = [made[site.key] for site in sites]
-        page_bytes = sum(kernel.page_bytes(page_size=page_size) for kernel in self._kernels)
+        # Sites that keep the same values share a pool: what the later ones append is there already.
+        pools = dict(zip((site.cache_key for site in sites), self._kernels, strict=True))
+        self._pool_of = [list(pools).index(site.cache_key) for site in sites]
+        page_bytes = sum(kernel.page_bytes(page_size=page_size) for kernel in pools.values())
         if kv_cache_bytes < page_bytes:
             raise ConfigError(
                 f"kv_cache_bytes={kv_cache_bytes} holds no page: one page of {page_size} tokens takes "
                 f"{page_bytes} bytes over {len(sites)} sites"
             )
         self.num_pages = kv_cache_bytes // page_bytes
-        self._pools = [kernel.make_pool(num_pages=self.num_pages, page_size=page_size) for kernel in self._kernels]
+        self._pools = [kernel.make_pool(num_pages=self.num_pages, page_size=page_size) for kernel in pools.values()]
         self._weights = [
             jax.device_put(site.kernel_weights([weights[value] for value in site.weights]), device) for site in sites
         ]
@@ -93,7 +96,8 @@ class AttentionTier:
     ) -> tuple[jax.Array, ...]:
         """Append what is cached to the site's pool and attend: [R, *inner] of each output on this tier's device."""
         here = tuple(land(array, self.device) for array in inputs)
-        self._pools[site], out = self._calls[site](self._pools[site], here, layouts[site], self._weights[site])
+        pool = self._pool_of[site]
+        self._pools[pool], out = self._calls[site](self._pools[pool], here, layouts[site], self._weights[site])
         return out
 
 

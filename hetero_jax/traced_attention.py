@@ -26,14 +26,14 @@ def make_pool(site: PlannedSite, *, num_pages: int, page_size: int, dtype: Any, 
     with jax.default_device(device):
         return tuple(
             jnp.zeros((num_pages, page_size, *port.layout.inner), paged_rows.held_dtype(_cached_dtype(port, dtype)))
-            for port in _cached(site)
+            for port in site.cached
         )
 
 
 def page_bytes(site: PlannedSite, *, page_size: int, dtype: Any) -> int:
     """Bytes of one page of a pool."""
     return page_size * sum(
-        math.prod(port.layout.inner) * jnp.dtype(_cached_dtype(port, dtype)).itemsize for port in _cached(site)
+        math.prod(port.layout.inner) * jnp.dtype(_cached_dtype(port, dtype)).itemsize for port in site.cached
     )
 
 
@@ -58,7 +58,7 @@ def paged_attention(
       the pool, and [R, *inner] of each of the site's outputs; rows of no sequence are 0.
     """
     cached = [array for port, array in zip(site.inputs, inputs, strict=True) if port.is_cached]
-    dtypes = [_cached_dtype(port, dtype) for port in _cached(site)]
+    dtypes = [_cached_dtype(port, dtype) for port in site.cached]
     pool = tuple(
         paged_rows.append(pages, rows, layout.row_slot, each)
         for pages, rows, each in zip(pool, cached, dtypes, strict=True)
@@ -76,10 +76,6 @@ def paged_attention(
         return site.attend(operands, positions, keys, weights)
 
     return pool, paged_rows.over_sequences(layout, inputs[0].shape[0], attend)
-
-
-def _cached(site: PlannedSite) -> list[Port]:
-    return [port for port in site.inputs if port.is_cached]
 
 
 def _cached_dtype(port: Port, dtype: Any) -> Any:

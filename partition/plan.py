@@ -99,8 +99,8 @@ class Plan:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes cached per token over all sites, for elements of `itemsize` bytes."""
-        cached = [port for site in self.sites for port in site.inputs if port.is_cached]
-        return sum(math.prod(port.layout.inner) for port in cached) * itemsize
+        kept = {site.cache_key: site.cached for site in self.sites}
+        return sum(math.prod(port.layout.inner) for cached in kept.values() for port in cached) * itemsize
 
     def __repr__(self) -> str:
         return "\n".join([self.headline, *(f"  {name}: {text}" for name, text in self.parts())])
@@ -144,7 +144,7 @@ class Plan:
 def _describe_site(site: PlannedSite) -> str:
     if site.spec is not None:
         return _describe_spec(site.spec)
-    cached = ", ".join(f"{port.name} {list(port.layout.inner)}" for port in site.inputs if port.is_cached)
+    cached = ", ".join(f"{port.name} {list(port.layout.inner)}" for port in site.cached)
     return f"causal attention by its own {len(site.site.equations)} equations ({site.unrecognised}); caches {cached}"
 
 

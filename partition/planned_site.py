@@ -61,6 +61,17 @@ class PlannedSite:
         """Equal for sites that can share an executable."""
         return self.spec if self.spec is not None else self.site.key
 
+    @property
+    def cached(self) -> tuple[Port, ...]:
+        """What tier 2 keeps for the site."""
+        return tuple(port for port in self.inputs if port.is_cached)
+
+    @property
+    def cache_key(self) -> Any:
+        """Equal for sites of one plan that keep the same values, which are kept once."""
+        values = [(port.value, port.layout) for port in sorted(self.cached, key=lambda port: port.name)]
+        return self.spec is None, tuple(values)
+
     def of(self, site: Site) -> PlannedSite:
         """The same description of another site with the same key."""
         operands = dict(zip(self.site.operands, site.operands, strict=True))

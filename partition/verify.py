@@ -151,7 +151,7 @@ class _Decoder:
                 self.caches.setdefault((index, number), empty)[rows] = array
                 array = self.caches[(index, number)]
             operands.append(array)
-        weights = [self.prepared[value] for value in site.weights]
+        weights = site.kernel_weights([self.prepared[value] for value in site.weights])
         return self.attend[site.key](operands, rows, np.arange(self.count), weights)
 
 
@@ -161,9 +161,10 @@ def _attention(site: PlannedSite) -> Callable[..., tuple[jax.Array, ...]]:
     if spec is None:
         return jax.jit(site.attend)
 
-    def attend(operands: Sequence[Any], queries: np.ndarray, keys: np.ndarray, _: Any) -> tuple[jax.Array, ...]:
+    def attend(operands: Sequence[Any], queries: np.ndarray, keys: np.ndarray, weights: Any) -> tuple[jax.Array, ...]:
         q, k, v = (np.asarray(array, np.float64) for array in operands)
-        return (jnp.asarray(reference_attention(spec, q, k, v, queries, keys), operands[0].dtype),)
+        sinks = np.asarray(weights[0], np.float64) if spec.has_sinks else None
+        return (jnp.asarray(reference_attention(spec, q, k, v, queries, keys, sinks), operands[0].dtype),)
 
     return attend
 

@@ -141,6 +141,12 @@ def test_keys_repeated_or_widened_before_attention_are_cached_few_and_narrow():
     assert plan.sites[0].spec.num_kv_heads == 2
 
 
+def test_layers_that_share_keys_and_values_keep_them_once():
+    shared, own = zoo_attention.SharedKeysModel(layers=3), SmallModel(layers=3)
+    kept = [partition(model, model.params(), max_rows=64).kv_bytes_per_token(4) for model in (shared, own)]
+    assert kept == [2 * 8 * 4, 3 * 2 * 8 * 4]
+
+
 def test_plan_prints_stages_sites_and_bytes():
     text = repr(partition(SmallModel(layers=5), SmallModel(layers=5).params(), max_rows=64))
     assert "6 dense stages and 5 attention sites" in text

@@ -16,7 +16,8 @@ from small_model import SmallModel
 TOKENS = np.random.default_rng(0).integers(0, 31, 26)
 MODELS = {
     "recognised": SmallModel(layers=3),
-    "by its own equations": SmallModel(attention=zoo_attention.sink_logits, extra={"sinks": (6,)}),
+    "by its own equations": SmallModel(attention=zoo_attention.relative_bias, extra={"table": (12, 6)}),
+    "sinks": SmallModel(attention=zoo_attention.sink_logits, extra={"sinks": (6,)}),
     "bfloat16": SmallModel(encode=lambda x, positions: x),
 }
 
