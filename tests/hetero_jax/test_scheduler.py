@@ -14,10 +14,10 @@ from hetero_jax.errors import CapacityError, ConfigError, RequestError
 from hetero_jax.scheduler import Batch, Chunk, Scheduler, SchedulerConfig
 
 
-def _config(**changes: int | None) -> SchedulerConfig:
+def _config(window: int | None = None, **changes: int) -> SchedulerConfig:
     limits = {"num_pages": 1000, "page_size": 16, "max_model_len": 4096}
     load = {"max_num_batched_tokens": 512, "max_num_seqs": 256, "num_microbatches": 2}
-    return SchedulerConfig(**(limits | load | changes))
+    return SchedulerConfig(window=window, **(limits | load | changes))
 
 
 @dataclass
