@@ -1,6 +1,28 @@
-"""Frames, messages and connections that carry attention between machines (empty until tier 2 leaves the process).
+"""Attention between machines: frames, messages, connections, the worker's server and the engine's client.
 
-It will hold bounded length-prefixed frames, msgpack messages as frozen dataclasses, the handshake, a connection that
-turns bytes into events without doing I/O, and the worker's server. It knows nothing of models or jaxprs and imports
+The core does no input or output: `frames`, `handshake`, `header`, `codec` and `protocol` turn bytes into messages and
+back. `streams`, `peer`, `server` and `client` are thin shells of blocking sockets around it. A worker implements
+`Handler` and serves it with `WorkerServer`; an engine calls `connect`. It knows nothing of models or jaxprs and imports
 no other package of the project.
 """
+
+from transport.client import WorkerClient, connect
+from transport.errors import TransportError
+from transport.frames import FrameLimits
+from transport.messages import Attend, Hello, Release, Result
+from transport.peer import Timing
+from transport.server import Handler, WorkerServer
+
+__all__ = [
+    "Attend",
+    "FrameLimits",
+    "Handler",
+    "Hello",
+    "Release",
+    "Result",
+    "Timing",
+    "TransportError",
+    "WorkerClient",
+    "WorkerServer",
+    "connect",
+]

@@ -1,0 +1,202 @@
+"""The engine's end of a connection to a worker: requests out, futures of their answers back."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from transport.buffers import Tensor
+from transport.errors import (
+    ConnectionLostError,
+    FrameError,
+    IntegrityError,
+    RefusedError,
+    RemoteError,
+    TransportError,
+    VersionError,
+)
+from transport.frames import FrameLimits
+from transport.handshake import Role
+from transport.messages import (
+    Attend,
+    Drain,
+    Error,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Release,
+    Result,
+    Stats,
+    StatsRequest,
+    check_hello,
+)
+from transport.peer import Peer, Timing
+from transport.protocol import Connection
+from transport.streams import SocketStream, Stream, TlsStream, check_address
+
+
+class WorkerClient:
+    """A worker, seen from the engine. Any thread may call it; requests are served in the order of the calls.
+
+    welcome: the worker's Hello, with what it grants.
+    draining: set once the worker is about to leave.
+
+    A lost worker fails all futures, and every later call, with ConnectionLostError.
+    """
+
+    def __init__(self, peer: Peer, hello: Hello) -> None:
+        """Agree with a peer that has shaken hands; `connect` does it all."""
+        self.welcome = _agree(peer, hello)
+        self.draining = threading.Event()
+        self.round_trip_s: float | None = None  # of the last heartbeat
+        self._peer = peer
+        self._ids = itertools.count(1)
+        self._pending: dict[int, Future[Any]] = {}
+        self._failure: TransportError | None = None
+        peer.start(lambda: Ping(token=time.monotonic_ns()))
+        self._reader = threading.Thread(target=self._read, name="worker client", daemon=True)
+        self._reader.start()
+
+    def attend(
+        self, *, site: int, layout: Mapping[str, Tensor], q: Tensor, k: Tensor | None = None, v: Tensor | None = None
+    ) -> Future[Result]:
+        """Send an Attend; blocks only while the worker takes no more bytes.
+
+        The future raises RemoteError where the worker's handler failed.
+        """
+        request_id = next(self._ids)
+        return self._ask(request_id, Attend(request_id=request_id, site=site, layout=layout, q=q, k=k, v=v))
+
+    def stats(self) -> Future[Stats]:
+        """Ask for the worker's figures."""
+        request_id = next(self._ids)
+        return self._ask(request_id, StatsRequest(request_id=request_id))
+
+    def release(self, pages: Tensor) -> None:
+        """Give pages back, [n] int64, after the requests so far."""
+        self._check()
+        self._peer.send(Release(pages=pages))
+
+    def close(self) -> None:
+        """End the connection; what is pending fails."""
+        self._peer.interrupt()
+        if threading.current_thread() is not self._reader:  # a future's callback may close too
+            self._reader.join()
+
+    def _ask(self, request_id: int, request: Message) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._pending[request_id] = future
+        try:
+            self._check()  # after the line above: the reader fails what it finds there
+            self._peer.send(request)
+        except TransportError:
+            self._pending.pop(request_id, None)
+            raise
+        return future
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise ConnectionLostError(f"the worker is lost: {self._failure}")
+
+    def _read(self) -> None:
+        try:
+            for message in self._peer.messages():
+                self._take(message)
+        except TransportError as error:
+            self._failure = error
+        finally:
+            self._peer.close()
+            self._failure = self._failure or ConnectionLostError("the reader ended")
+            while self._pending:
+                _, future = self._pending.popitem()
+                future.set_exception(ConnectionLostError(f"the worker is lost: {self._failure}"))
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Result() | Stats():
+                self._answered(message.request_id).set_result(message)
+            case Error(request_id=0):
+                raise _as_exception(message)
+            case Error():
+                self._answered(message.request_id).set_exception(_as_exception(message))
+            case Pong(token=token):
+                if token:
+                    self.round_trip_s = (time.monotonic_ns() - token) / 1e9
+            case Drain():
+                self.draining.set()
+            case _:
+                raise FrameError(f"a worker sent {type(message).__name__}; allowed: answers, Pong, Drain, Error")
+
+    def _answered(self, request_id: int) -> Future[Any]:
+        future = self._pending.pop(request_id, None)
+        if future is None:
+            raise FrameError(f"an answer to request {request_id}, which is not pending")
+        return future
+
+
+def connect(
+    host: str,
+    port: int,
+    hello: Hello,
+    *,
+    secret: bytes | None = None,
+    tls: ssl.SSLContext | None = None,
+    timing: Timing | None = None,
+    limits: FrameLimits | None = None,
+) -> WorkerClient:
+    """Connect to a worker and agree on a plan.
+
+    Raises:
+      InsecureAddressError: no secret, and an address that is not loopback.
+      HandshakeError: VersionError, AuthenticationError or RefusedError, with both sides' values.
+      ConnectionLostError: nobody there.
+    """
+    timing = timing or Timing()
+    try:
+        sock = socket.create_connection((host, port), timing.handshake_s)
+    except OSError as error:
+        raise ConnectionLostError(f"no worker at {host}:{port}: {error}") from None
+    try:
+        check_address(sock.getpeername()[0], secret)
+        peer = Peer(_stream(sock, host, tls, timing), Connection(Role.CLIENT, secret, limits), timing)
+        peer.shake_hands()
+        return WorkerClient(peer, hello)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _stream(sock: socket.socket, host: str, tls: ssl.SSLContext | None, timing: Timing) -> Stream:
+    stream = SocketStream(sock)
+    if tls is None:
+        return stream
+    encrypted = TlsStream(stream, tls, server_hostname=host)
+    encrypted.shake_hands(timing.handshake_s)
+    return encrypted
+
+
+def _agree(peer: Peer, hello: Hello) -> Hello:
+    peer.send(hello)
+    welcome = peer.receive()
+    if isinstance(welcome, Error):
+        raise _as_exception(welcome)
+    if not isinstance(welcome, Hello):
+        raise FrameError(f"a worker began with {type(welcome).__name__}; allowed: Hello, Error")
+    check_hello(theirs=welcome, protocol_version=hello.protocol_version, fingerprint=hello.fingerprint)
+    return welcome
+
+
+def _as_exception(message: Error) -> TransportError:
+    return _KINDS.get(message.kind, RemoteError)(f"the worker says: {message.text}")
+
+
+_KINDS: dict[str, type[TransportError]] = {
+    kind.__name__: kind for kind in (FrameError, IntegrityError, RefusedError, VersionError)
+}

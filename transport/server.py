@@ -1,0 +1,249 @@
+"""The worker's end: any number of connections, of which one has the worker's ear."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from transport.errors import ConnectionLostError, FrameError, HandshakeError, RefusedError, TransportError
+from transport.frames import FrameLimits
+from transport.handshake import MIN_SECRET_BYTES, Role
+from transport.header import Scalar
+from transport.messages import (
+    PROTOCOL_VERSION,
+    Attend,
+    Drain,
+    Error,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Release,
+    Result,
+    Stats,
+    StatsRequest,
+    check_hello,
+)
+from transport.peer import Peer, Timing
+from transport.protocol import Connection
+from transport.streams import SocketStream, Stream, TlsStream, check_address
+
+_logger = logging.getLogger(__name__)
+_BACKLOG = 256
+_MAX_CONNECTIONS = 2048  # threads; most of them wait for bytes
+
+
+class Handler(Protocol):
+    """What a worker does with messages. One thread at a time calls it.
+
+    What `attend` and `stats` raise goes to the engine as a RemoteError, and the worker goes on. Arrays in messages
+    are views of receive buffers: they stay valid as long as they are held.
+    """
+
+    def hello(self, hello: Hello) -> Hello:
+        """Begin a session with a new engine, forgetting the last one's.
+
+        Returns:
+          What is granted, with the engine's fingerprint.
+
+        Raises:
+          RefusedError: it cannot be served.
+        """
+        ...
+
+    def attend(self, attend: Attend) -> Result:
+        """Serve one call; the Result has its request id."""
+        ...
+
+    def release(self, release: Release) -> None:
+        """Forget pages."""
+        ...
+
+    def stats(self) -> Mapping[str, Scalar]:
+        """Figures by name."""
+        ...
+
+
+class WorkerServer:
+    """Serves a handler to one engine at a time; whoever else connects costs a waiting thread until it is refused.
+
+    Of one plan, a newer generation takes over from an older one (an engine that lost its connection or was started
+    again); another plan is refused as long as the present one has a session.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        secret: bytes | None = None,
+        tls: ssl.SSLContext | None = None,
+        timing: Timing | None = None,
+        limits: FrameLimits | None = None,
+    ) -> None:
+        """Listen, but do not serve yet. host: an address in numbers; port 0: any free one, see `address`.
+
+        Raises:
+          InsecureAddressError: no secret, and an address that is not loopback.
+          HandshakeError: the secret is too short.
+        """
+        check_address(host, secret)
+        if secret is not None and len(secret) < MIN_SECRET_BYTES:
+            raise HandshakeError(f"a secret of {len(secret)} bytes; allowed: at least {MIN_SECRET_BYTES}")
+        self._handler, self._secret, self._tls = handler, secret, tls
+        self._timing, self._limits = timing or Timing(), limits
+        self._listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
+        )
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._sessions = _Sessions(handler, self._timing.handshake_s)
+        self._stopping = False
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that it listens on."""
+        return self._listener.getsockname()[:2]
+
+    def serve_forever(self) -> None:
+        """Accept and serve until `stop` is called by another thread or a signal's handler."""
+        while not self._stopping:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                if self._stopping:
+                    return
+                raise
+            if len(self._connections) >= _MAX_CONNECTIONS:
+                sock.close()
+                continue
+            thread = threading.Thread(target=self._serve, args=(sock,), name="connection", daemon=True)
+            self._connections[sock] = thread
+            thread.start()
+
+    def drain(self, reason: str) -> None:
+        """Tell the engine that this worker is about to leave."""
+        self._sessions.send(Drain(reason=reason))
+
+    def stop(self) -> None:
+        """End all connections and `serve_forever`; waits for the handler."""
+        self._stopping = True
+        _shutdown(self._listener)
+        self._listener.close()
+        for sock, thread in list(self._connections.items()):
+            _shutdown(sock)
+            thread.join()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            peer = Peer(self._stream(sock), Connection(Role.SERVER, self._secret, self._limits), self._timing)
+            self._converse(peer)
+        except ConnectionLostError as error:
+            _logger.info("a connection ended: %s", error)
+        except TransportError as error:
+            _logger.warning("a connection was refused: %s", error)
+        finally:
+            sock.close()
+            del self._connections[sock]
+
+    def _stream(self, sock: socket.socket) -> Stream:
+        stream = SocketStream(sock)
+        if self._tls is None:
+            return stream
+        encrypted = TlsStream(stream, self._tls, server_hostname=None)
+        encrypted.shake_hands(self._timing.handshake_s)
+        return encrypted
+
+    def _converse(self, peer: Peer) -> None:
+        try:
+            peer.shake_hands()
+            welcome = self._sessions.begin(peer, peer.receive())
+            peer.send(welcome)
+            peer.start(lambda: Pong(token=0))
+            for message in peer.messages():
+                answer = _answer(self._handler, message)
+                if answer is not None:
+                    peer.send(answer)
+        except TransportError as error:
+            peer.refuse(error)
+            raise
+        finally:
+            self._sessions.end(peer)
+            peer.close()
+
+
+class _Sessions:
+    """Which peer has the handler's ear."""
+
+    def __init__(self, handler: Handler, patience_s: float) -> None:
+        self._handler, self._patience_s = handler, patience_s
+        self._lock = threading.Lock()  # around beginnings
+        self._peer: Peer | None = None
+        self._ended = threading.Event()
+        self._fingerprint, self._generation = "", 0
+
+    def begin(self, peer: Peer, hello: Message) -> Hello:
+        if not isinstance(hello, Hello):
+            raise FrameError(f"an engine began with {type(hello).__name__}; allowed: Hello")
+        with self._lock:
+            self._check(hello)
+            self._take_over()
+            welcome = self._handler.hello(hello)
+            self._peer, self._ended = peer, threading.Event()
+            self._fingerprint, self._generation = hello.fingerprint, hello.generation
+            return welcome
+
+    def end(self, peer: Peer) -> None:
+        if self._peer is peer:
+            self._peer = None
+            self._ended.set()
+
+    def send(self, message: Message) -> None:
+        if (peer := self._peer) is not None:
+            peer.send(message)
+
+    def _check(self, hello: Hello) -> None:
+        fingerprint = self._fingerprint if self._peer is not None else None
+        check_hello(theirs=hello, protocol_version=PROTOCOL_VERSION, fingerprint=fingerprint)
+        if hello.fingerprint == self._fingerprint and hello.generation <= self._generation:
+            raise RefusedError(f"generation {hello.generation} of the engine; allowed: above {self._generation}")
+
+    def _take_over(self) -> None:
+        if (older := self._peer) is not None:
+            older.interrupt()
+            if not self._ended.wait(self._patience_s):
+                raise RefusedError("the worker is still busy with a call of an older generation; try again")
+
+
+def _answer(handler: Handler, message: Message) -> Message | None:
+    match message:
+        case Attend():
+            return _guarded(message.request_id, lambda: handler.attend(message))
+        case StatsRequest():
+            return _guarded(message.request_id, lambda: Stats(request_id=message.request_id, values=handler.stats()))
+        case Release():
+            return handler.release(message)
+        case Ping():
+            return Pong(token=message.token)
+        case Error():
+            raise ConnectionLostError(f"the engine ended the connection: {message.text}")
+        case _:
+            raise FrameError(f"an engine sent {type(message).__name__}; allowed: Attend, Release, StatsRequest, Ping")
+
+
+def _guarded(request_id: int, call: Callable[[], Message]) -> Message:
+    try:
+        return call()
+    except Exception as error:
+        _logger.exception("request %d failed", request_id)
+        return Error(request_id=request_id, kind="RemoteError", text=f"{type(error).__name__}: {error}"[:1000])
+
+
+def _shutdown(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is not connected any more
+        sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,181 @@
+"""Blocking byte streams: a TCP socket, bare or under TLS. One thread receives while another one sends."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from transport.errors import ConnectionLostError, HandshakeError, InsecureAddressError
+from transport.frames import Buffer
+
+_MAX_PARTS = os.sysconf("SC_IOV_MAX")
+_TLS_CHUNK_BYTES = 1 << 18
+
+
+class Stream(Protocol):
+    """What a peer needs of a socket. Errors of the network are raised as ConnectionLostError."""
+
+    def set_timeouts(self, receive_s: float, send_s: float) -> None:
+        """How long to wait for the next byte to come or to go."""
+        ...
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Bytes received, 0 at the end of the stream."""
+        ...
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """Send all of it; blocks while the peer is slow."""
+        ...
+
+    def interrupt(self) -> None:
+        """End the stream; whoever waits on it wakes up."""
+        ...
+
+    def close(self) -> None:
+        """Give the socket back, once nobody uses it."""
+        ...
+
+
+class SocketStream:
+    """A connected TCP socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(None)
+        self._socket = sock
+
+    def set_timeouts(self, receive_s: float, send_s: float) -> None:
+        """As Stream."""
+        # The kernel's own timeouts: Python's would poll before every call.
+        for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
+            whole, part = divmod(max(seconds, 1e-3), 1)  # 0 would mean for ever
+            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(whole), int(part * 1e6)))
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """As Stream."""
+        try:
+            return self._socket.recv_into(buffer)
+        except BlockingIOError:
+            raise ConnectionLostError("the peer fell silent") from None
+        except OSError as error:
+            raise ConnectionLostError(f"the connection broke: {error}") from None
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """As Stream."""
+        try:
+            left = [memoryview(part) for part in parts]
+            while left:
+                left = _unsent(left, self._socket.sendmsg(left[:_MAX_PARTS]))
+        except BlockingIOError:
+            raise ConnectionLostError("the peer takes nothing any more") from None
+        except OSError as error:
+            raise ConnectionLostError(f"the connection broke: {error}") from None
+
+    def interrupt(self) -> None:
+        """As Stream."""
+        with contextlib.suppress(OSError):  # the peer was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """As Stream."""
+        self._socket.close()
+
+
+def _unsent(parts: list[memoryview], sent: int) -> list[memoryview]:
+    for index, part in enumerate(parts):
+        if sent < len(part):
+            return [part[sent:], *parts[index + 1 :]]
+        sent -= len(part)
+    return []
+
+
+class TlsStream:
+    """TLS over a SocketStream, encrypted in memory: OpenSSL's own sockets may not be read and written at once."""
+
+    def __init__(self, stream: SocketStream, context: ssl.SSLContext, server_hostname: str | None) -> None:
+        self._stream = stream
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server_hostname is None, server_hostname=server_hostname
+        )
+        self._lock = threading.Lock()  # around the two above
+        self._encrypted = memoryview(bytearray(_TLS_CHUNK_BYTES))
+
+    def shake_hands(self, timeout_s: float) -> None:
+        """TLS's own handshake.
+
+        Raises:
+          HandshakeError: it fails, or takes longer.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                self._tls.do_handshake()
+                return self._stream.send([self._outgoing.read()])
+            except ssl.SSLWantReadError:
+                self._stream.send([self._outgoing.read()])
+            except ssl.SSLError as error:
+                self._stream.send([self._outgoing.read()])
+                raise HandshakeError(f"TLS failed: {error}") from None
+            self._stream.set_timeouts(deadline_s - time.monotonic(), timeout_s)
+            if time.monotonic() >= deadline_s or not self._fill():
+                raise HandshakeError(f"no TLS handshake within {timeout_s} s")
+
+    def set_timeouts(self, receive_s: float, send_s: float) -> None:
+        """As Stream."""
+        self._stream.set_timeouts(receive_s, send_s)
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """As Stream."""
+        while True:
+            try:
+                with self._lock:
+                    return cast("int", self._tls.read(len(buffer), buffer))  # bytes without a buffer only
+            except ssl.SSLWantReadError:
+                if not self._fill():
+                    return 0
+            except ssl.SSLZeroReturnError:
+                return 0
+            except ssl.SSLError as error:
+                raise ConnectionLostError(f"TLS failed: {error}") from None
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """As Stream."""
+        for part in map(memoryview, parts):
+            for start in range(0, len(part), _TLS_CHUNK_BYTES):
+                with self._lock:
+                    self._tls.write(part[start : start + _TLS_CHUNK_BYTES])
+                    encrypted = self._outgoing.read()
+                self._stream.send([encrypted])
+
+    def interrupt(self) -> None:
+        """As Stream."""
+        self._stream.interrupt()
+
+    def close(self) -> None:
+        """As Stream."""
+        self._stream.close()
+
+    def _fill(self) -> bool:
+        count = self._stream.receive_into(self._encrypted)
+        with self._lock:
+            self._incoming.write(self._encrypted[:count])
+        return count > 0
+
+
+def check_address(host: str, secret: bytes | None) -> None:
+    """Only loopback may go without a secret.
+
+    Raises:
+      InsecureAddressError: `host`, an address in numbers, is not loopback and there is no secret.
+    """
+    if secret is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        raise InsecureAddressError(f"address {host} without a secret; allowed without one: loopback, 127.0.0.1 or ::1")
