@@ -40,6 +40,11 @@ CASES = {
     "cumsum": (lambda a: jnp.cumsum(a, 1), [(3, 5)]),
     "sort": (lambda a: jnp.sort(a, 1), [(3, 5)]),
     "top_k": (lambda a: lax.top_k(a, 2)[0], [(3, 5)]),
+    "tile": (lambda a: jnp.tile(a, (1, 3)), [(3, 5)]),
+    "stack": (lambda a, b: jnp.stack([a, b], 1), [(3, 5), (3, 5)]),
+    "cummax": (lambda a: lax.cummax(a, 1), [(3, 5)]),
+    "clamp": (lambda a: jnp.clip(a, -0.5, 0.5), [(3, 5)]),
+    "reduce_and": (lambda a: (a > 0).all(1), [(3, 5, 7)]),
 }
 
 
@@ -105,6 +110,12 @@ def test_axis_that_a_rule_maps_moves_only_its_own_slice(name):
         (lambda a: jnp.argmax(a, 1), (3, 5), 1),
         (lambda a: a.reshape(15), (3, 5), 1),
         (lambda a: lax.dynamic_slice(a, (0, 1), (3, 4)), (3, 5), 1),
+        (lambda a: jnp.tile(a, (1, 3)), (3, 5), 1),
+        (lambda a: jnp.split(a, 5, 1)[0], (3, 5), 1),
+        (lambda a: lax.cummax(a, 1), (3, 5), 1),
+        (lambda a: a[:, jnp.array([3, 1])], (3, 5), 1),
+        (lambda a: jnp.zeros((3, 9)).at[:, jnp.array([5, 1, 2, 8, 4])].add(a), (3, 5), 1),
+        (lambda a: lax.ragged_dot(a, jnp.ones((2, 5, 4)), jnp.array([1, 2])), (3, 5), 0),
     ],
 )
 def test_axis_along_which_positions_move_is_called_mixed(fn, shape, axis):

@@ -82,6 +82,8 @@ REFUSED = {
     "softmax over queries": (attention.over_queries, "over their query side|back on the"),
     "keys that all see": (attention.prefix_bidirectional, "not exactly causal"),
     "scores and their transpose": (attention.transposed_scores, "with their transpose"),
+    "keys in another order": (lambda q, k, v, p: softmax_attention(q, k[:, ::-1], v, p), "'rev'"),
+    "values with what queries got": (attention.added_to_keys, "on the key side"),
 }
 
 

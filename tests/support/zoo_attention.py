@@ -223,6 +223,13 @@ def transposed_scores(q, k, v, positions):
     return _masked_softmax(scores + jnp.swapaxes(scores, -1, -2), v)
 
 
+def added_to_keys(q, k, v, positions):
+    """What the queries got is added to the values of the same operator."""
+    scores = jnp.where(_causal(q.shape[1]), _scores(q, k), -jnp.inf)
+    (values,) = _repeated(q, v)
+    return _masked_softmax(scores, values * jnp.exp(scores).sum(-1).transpose(0, 2, 1)[..., None])
+
+
 class PaddedModel(SmallModel):
     """Token 0 is padding: nobody but itself sees it. The mask is made once from the ids and shared by the layers."""
 
