@@ -11,6 +11,8 @@ from models.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from models.gpt import GptDecoder
+from models.gpt_config import GptConfig
 from models.load import fingerprint, load
 from models.loaded import LoadedModel
 from models.rope import RopeScaling
@@ -22,6 +24,8 @@ __all__ = [
     "ChatTemplateError",
     "Decoder",
     "DecoderConfig",
+    "GptConfig",
+    "GptDecoder",
     "LoadedModel",
     "ModelError",
     "ModelExistsError",

@@ -11,9 +11,8 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from models.config import DecoderConfig
-from models.decoder import Decoder
 from models.errors import ModelExistsError, ModelFormatError, UnsupportedModelError
+from models.families import LanguageModel, ModelConfig, config_from_dict, config_to_dict
 from models.files import read_json
 from models.hf_tokenizer import read_backend
 from models.loaded import LoadedModel
@@ -38,7 +37,7 @@ def save(loaded: LoadedModel, folder: str | os.PathLike[str]) -> None:
         (target / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
     header = {
         "format": _FORMAT,
-        "config": loaded.config.to_dict(),
+        "config": config_to_dict(loaded.config),
         "eos_token_ids": loaded.eos_token_ids,
         "bos_token_id": tokenizer.bos_token_id if tokenizer else None,
         "chat_template": tokenizer.chat_template if tokenizer else None,
@@ -46,14 +45,14 @@ def save(loaded: LoadedModel, folder: str | os.PathLike[str]) -> None:
     (target / MARKER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
 
-def restore(folder: Path, *, dtype: str) -> tuple[Decoder, DecoderConfig, Tokenizer | None, tuple[int, ...]]:
+def restore(folder: Path, *, dtype: str) -> tuple[LanguageModel, ModelConfig, Tokenizer | None, tuple[int, ...]]:
     """Module, config, tokenizer and end tokens of a checkpoint; errors name the leaf or the key."""
     header = read_json(folder / MARKER)
     if header.get("format") != _FORMAT:
         raise UnsupportedModelError(f"{folder / MARKER}: format {header.get('format')!r}; allowed: {_FORMAT}")
     if not isinstance(header.get("config"), dict):
         raise ModelFormatError(f"{folder / MARKER}: the key 'config' must be an object, not {header.get('config')!r}")
-    config = DecoderConfig.from_dict(header["config"])
+    config = config_from_dict(header["config"])
     ends = header.get("eos_token_ids")
     if not isinstance(ends, list) or not all(isinstance(item, int) for item in ends):
         raise ModelFormatError(f"{folder / MARKER}: the key 'eos_token_ids' must be a list of ids, not {ends!r}")
@@ -61,7 +60,7 @@ def restore(folder: Path, *, dtype: str) -> tuple[Decoder, DecoderConfig, Tokeni
     return module, config, _restore_tokenizer(folder, header, tuple(ends)), tuple(ends)
 
 
-def _restore_weights(folder: Path, config: DecoderConfig, dtype: str) -> Decoder:
+def _restore_weights(folder: Path, config: ModelConfig, dtype: str) -> LanguageModel:
     graphdef, variables = abstract_decoder(config, resolve_dtype(dtype))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {

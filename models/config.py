@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from models.checks import CEILINGS, MAX_POSITIONS, check_choice, check_int, check_positive, check_rope_base
 from models.errors import ModelFormatError, UnsupportedModelError
 from models.rope import RopeScaling
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-MAX_LAYERS = 1024
 LAYER_TYPES = ("full_attention", "sliding_attention")
-
-# A header is data from a stranger: each size has a ceiling far above any published model, so that no product of
-# them is allocated before a tensor of that size was seen in the file.
-_CEILINGS = {
-    "vocab_size": 1 << 22,
-    "hidden_size": 1 << 18,
-    "intermediate_size": 1 << 20,
-    "num_hidden_layers": MAX_LAYERS,
-    "num_attention_heads": 4096,
-    "num_key_value_heads": 4096,
-    "head_dim": 4096,
-    "max_position_embeddings": 1 << 26,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +39,13 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if self.model_type not in MODEL_TYPES:
-            raise UnsupportedModelError(f"model_type {self.model_type!r} is not supported; allowed: {MODEL_TYPES}")
-        for name, ceiling in _CEILINGS.items():
-            _check_int(name, getattr(self, name), ceiling)
-        for name in ("rms_norm_eps", "rope_theta"):
-            _check_positive(name, getattr(self, name))
-        if self.rope_theta <= 1:  # the frequencies must fall
-            raise ModelFormatError(f"rope_theta must be greater than 1, not {self.rope_theta!r}")
+        check_choice("model_type", self.model_type, MODEL_TYPES)
+        for name, ceiling in CEILINGS.items():
+            check_int(name, getattr(self, name), ceiling)
+        check_positive("rms_norm_eps", self.rms_norm_eps)
+        check_rope_base("rope_theta", self.rope_theta)
         if self.sliding_window is not None:
-            _check_int("sliding_window", self.sliding_window, _CEILINGS["max_position_embeddings"])
+            check_int("sliding_window", self.sliding_window, MAX_POSITIONS)
         self._check_heads()
         self._check_layer_types()
 
@@ -99,33 +79,3 @@ class DecoderConfig:
         if self.layer_types is not None and self.layer_types[layer] == "full_attention":
             return None
         return self.sliding_window
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-safe values; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> DecoderConfig:
-        """The inverse of `to_dict`; unknown or missing names raise ModelFormatError."""
-        values = dict(fields)
-        try:
-            if values.get("rope_scaling") is not None:
-                scaling = dict(values["rope_scaling"])
-                if scaling.get("freq_factors") is not None:
-                    scaling["freq_factors"] = tuple(scaling["freq_factors"])
-                values["rope_scaling"] = RopeScaling(**scaling)
-            if values.get("layer_types") is not None:
-                values["layer_types"] = tuple(values["layer_types"])
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise ModelFormatError(f"decoder config: {error}") from error
-
-
-def _check_int(name: str, value: object, ceiling: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= ceiling:
-        raise ModelFormatError(f"{name} must be an integer in 1..{ceiling}, not {value!r}")
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-        raise ModelFormatError(f"{name} must be a positive number, not {value!r}")

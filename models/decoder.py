@@ -2,50 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from models.config import DecoderConfig
-from models.rope import rope_frequencies, rotate
-
-
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[..., in] x [in, out] -> [..., out] in the dtype of x, accumulated in f32."""
-    return _product(x, kernel, kernel_axis=0).astype(x.dtype)
-
-
-def _product(x: jax.Array, kernel: jax.Array, *, kernel_axis: int) -> jax.Array:
-    dimensions = (((x.ndim - 1,), (kernel_axis,)), ((), ()))
-    return lax.dot_general(x, kernel, dimensions, preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw(key: jax.Array, shape: tuple[int, int], dtype: jax.typing.DTypeLike, std: float) -> jax.Array:
-    # jitted, so that a leaf is made in its own dtype with no temporary of its size
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> nnx.Param[jax.Array]:
-    return nnx.Param(_draw(rngs.params(), shape, dtype, 1.0 / math.sqrt(shape[0])))
-
-
-class RmsNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in f32."""
-
-    def __init__(self, size: int, *, eps: float, dtype: jax.typing.DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., size] -> [..., size] in the dtype of x."""
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        return (wide * lax.rsqrt(mean_square + self.eps) * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+from models.layers import RmsNorm, causal_attention, matmul, product, random_kernel, random_table
+from models.rope import rope_tables, rotate
 
 
 class Attention(nnx.Module):
@@ -61,9 +24,9 @@ class Attention(nnx.Module):
         )
         self.window = window
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = _normal(rngs, (config.hidden_size, width), dtype)
+        self.qkv = random_kernel(rngs, (config.hidden_size, width), dtype)
         self.qkv_bias = nnx.Param(jnp.zeros((width,), dtype)) if config.qkv_bias else None
-        self.out = _normal(rngs, (self.heads * self.head_dim, config.hidden_size), dtype)
+        self.out = random_kernel(rngs, (self.heads * self.head_dim, config.hidden_size), dtype)
         norms = config.qk_norm
         self.q_norm = RmsNorm(self.head_dim, eps=config.rms_norm_eps, dtype=dtype) if norms else None
         self.k_norm = RmsNorm(self.head_dim, eps=config.rms_norm_eps, dtype=dtype) if norms else None
@@ -74,8 +37,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        window = None if self.window is None else (self.window - 1, 0)
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
+        attended = causal_attention(q, k, v, window=self.window)
         return matmul(attended.reshape(*x.shape[:2], self.heads * self.head_dim), self.out[...])
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -94,8 +56,8 @@ class Mlp(nnx.Module):
     """silu(x gate) * (x up), projected down; gate and up are one kernel."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
-        self.gate_up = _normal(rngs, (config.hidden_size, 2 * config.intermediate_size), dtype)
-        self.down = _normal(rngs, (config.intermediate_size, config.hidden_size), dtype)
+        self.gate_up = random_kernel(rngs, (config.hidden_size, 2 * config.intermediate_size), dtype)
+        self.down = random_kernel(rngs, (config.intermediate_size, config.hidden_size), dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, hidden] -> [B, T, hidden]."""
@@ -128,17 +90,14 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike = jnp.float32) -> None:
         self.config = config
-        table = _draw(
-            rngs.params(), (config.vocab_size, config.hidden_size), dtype, 1.0 / math.sqrt(config.hidden_size)
-        )
-        self.embedding = nnx.Param(table)
+        self.embedding = random_table(rngs, (config.vocab_size, config.hidden_size), dtype)
         self.blocks = nnx.List(
             Block(config, window=config.layer_window(layer), rngs=rngs, dtype=dtype)
             for layer in range(config.num_hidden_layers)
         )
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         tied = config.tie_word_embeddings
-        self.head = None if tied else _normal(rngs, (config.hidden_size, config.vocab_size), dtype)
+        self.head = None if tied else random_kernel(rngs, (config.hidden_size, config.vocab_size), dtype)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """tokens and positions: int32 [B, T] -> next-token logits, f32 [B, T, vocab_size].
@@ -146,17 +105,10 @@ class Decoder(nnx.Module):
         Token t sees tokens 0..t of its row. Ids outside the vocabulary are clipped into it.
         """
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
-        cos, sin = self._rope_tables(positions)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         for block in self.blocks:
             x = block(x, cos, sin)
         x = self.norm(x)
         if self.head is None:
-            return _product(x, self.embedding[...], kernel_axis=1)
-        return _product(x, self.head[...], kernel_axis=0)
-
-    def _rope_tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """int32 [B, T] -> cosines and sines, f32 [B, T, 1, head_dim / 2]."""
-        config = self.config
-        inv_freq, factor = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        angles = positions.astype(jnp.float32)[:, :, None, None] * inv_freq
-        return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+            return product(x, self.embedding[...], kernel_axis=1)
+        return product(x, self.head[...], kernel_axis=0)

@@ -107,19 +107,21 @@ class GgufFile:
             name=name, shape=shape, kind=quantization, offset_bytes=offset, size_bytes=size, row_bytes=row_bytes
         )
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The named tensor, dequantised to f32."""
+    def tensor(self, name: str, *, index: int | None = None) -> np.ndarray:
+        """The named tensor, or the part of it at `index` of its leading axis, dequantised to f32."""
         info = self.tensors[name]
         raw = np.frombuffer(self._data, np.uint8, info.size_bytes, info.offset_bytes)
+        raw = raw.reshape(*info.shape[:-1], info.row_bytes)
+        raw, shape = (raw, info.shape) if index is None else (raw[index], info.shape[1:])
         try:
-            values = gguf.quants.dequantize(raw.reshape(*info.shape[:-1], info.row_bytes), info.kind)
+            values = gguf.quants.dequantize(raw, info.kind)
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"{self.path}: tensor {name!r} has type {info.kind.name}, which the gguf package does not dequantise"
             ) from error
         if np.may_share_memory(values, raw):  # f32: JAX may keep the buffer, and the file may change under it
             values = values.copy()
-        return values.reshape(info.shape)
+        return values.reshape(shape)
 
 
 class _Cursor:

@@ -1,37 +1,46 @@
-"""A Decoder from a Hugging Face folder: config.json and *.safetensors, one file or sharded by an index."""
+"""A module from a Hugging Face folder: config.json and *.safetensors, one file or sharded by an index."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from models.config import DecoderConfig
-from models.decoder import Decoder
 from models.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from models.families import LanguageModel, ModelConfig
 from models.files import read_json
-from models.weights import read_decoder, tensor_names
+from models.hf_layout import hf_file_name, hf_tensor, is_ignored
+from models.weights import read_decoder, tensor_shapes
 
 DTYPES = ("F32", "F16", "BF16", "F64")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def load_hf_decoder(folder: Path, config: DecoderConfig, *, dtype: str) -> Decoder:
+class _Owner(NamedTuple):
+    path: Path
+    file: Any  # the open safetensors file
+    name: str  # the tensor's name in it
+
+
+def load_hf_decoder(folder: Path, config: ModelConfig, *, dtype: str) -> LanguageModel:
     """Reads every tensor into a module; a missing, surplus or misshapen tensor is an error with its name."""
     with contextlib.ExitStack() as stack:
-        owners = {name: (path, file) for path, file in _open_all(folder, stack) for name in _names(file)}
+        owners = {
+            hf_file_name(config, name): _Owner(path, file, name)
+            for path, file in _open_all(folder, stack)
+            for name in _names(file)
+        }
         _refuse_surplus(owners, config)
 
         def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            if name not in owners:
-                raise ModelFormatError(f"{folder}: tensor {name!r} of shape {shape} is missing")
-            path, file = owners[name]
-            _check(path, file, name, shape)
-            return file.get_tensor(name)
+            stored = hf_tensor(config, name, shape)
+            if stored.name not in owners:
+                raise ModelFormatError(f"{folder}: tensor {stored.name!r} of shape {stored.shape} is missing")
+            return stored.restore(_read(owners[stored.name], stored.shape))
 
         return read_decoder(config, read, dtype=dtype)
 
@@ -67,17 +76,20 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _refuse_surplus(owners: Mapping[str, tuple[Path, Any]], config: DecoderConfig) -> None:
-    used = tensor_names(config) | {"lm_head.weight"}  # a tied model may carry its head a second time
-    for name in sorted(owners):
-        if name not in used and not name.endswith(".rotary_emb.inv_freq"):
-            path, _ = owners[name]
-            raise UnsupportedModelError(f"{path}: tensor {name!r} has no place in a {config.model_type} decoder")
+def _refuse_surplus(owners: Mapping[str, _Owner], config: ModelConfig) -> None:
+    used = {hf_tensor(config, name, shape).name for name, shape in tensor_shapes(config).items()}
+    for name in sorted(owners.keys() - used):
+        if not is_ignored(name):
+            raise UnsupportedModelError(
+                f"{owners[name].path}: tensor {owners[name].name!r} has no place in a {config.model_type} decoder"
+            )
 
 
-def _check(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> None:
+def _read(owner: _Owner, shape: tuple[int, ...]) -> np.ndarray:
+    path, file, name = owner
     view = file.get_slice(name)
     if tuple(view.get_shape()) != shape:
         raise ModelFormatError(f"{path}: tensor {name!r} has shape {tuple(view.get_shape())}, the config needs {shape}")
     if view.get_dtype() not in DTYPES:
         raise UnsupportedModelError(f"{path}: tensor {name!r} has dtype {view.get_dtype()}; allowed: {DTYPES}")
+    return file.get_tensor(name)

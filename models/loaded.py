@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.config import DecoderConfig
-from models.decoder import Decoder
+from models.families import LanguageModel, ModelConfig
 from models.tokenizer import Tokenizer
 
 
@@ -18,8 +17,8 @@ class LoadedModel:
     """
 
     name: str
-    module: Decoder
-    config: DecoderConfig
+    module: LanguageModel
+    config: ModelConfig
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...]
     fingerprint: str

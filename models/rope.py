@@ -124,11 +124,23 @@ def yarn_attention_factor(scaling: RopeScaling) -> float:
     return magnitude(1.0)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the two halves of each head against each other, in f32.
+def rope_tables(
+    positions: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None
+) -> tuple[jax.Array, jax.Array]:
+    """int32 [B, T] -> cosines and sines, f32 [B, T, 1, rotary_dim / 2]."""
+    inv_freq, factor = rope_frequencies(rotary_dim, theta, scaling)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * inv_freq
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
-    x: [B, T, heads, head_dim], cos and sin: f32 [B, T, 1, head_dim / 2]; gives the shape and dtype of x.
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the two halves of the first rotary_dim features of each head against each other, in f32; the others stay.
+
+    x: [B, T, heads, head_dim], cos and sin: f32 [B, T, 1, rotary_dim / 2]; gives the shape and dtype of x.
     """
+    rotary_dim = 2 * cos.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from flax import nnx
 
 from models.config import DecoderConfig
-from models.decoder import Decoder
 from models.errors import ModelNotFoundError
+from models.families import LanguageModel, ModelConfig, build
 from models.rope import RopeScaling
 from models.weights import resolve_dtype
 
@@ -71,6 +71,6 @@ def shape_config(name: str) -> DecoderConfig:
     return SHAPES[name]
 
 
-def random_decoder(config: DecoderConfig, *, dtype: str, seed: int) -> Decoder:
+def random_decoder(config: ModelConfig, *, dtype: str, seed: int) -> LanguageModel:
     """Random weights, each leaf made on the default device in its own dtype."""
-    return Decoder(config, rngs=nnx.Rngs(seed), dtype=resolve_dtype(dtype))
+    return build(config, rngs=nnx.Rngs(seed), dtype=resolve_dtype(dtype))

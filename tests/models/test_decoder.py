@@ -10,7 +10,7 @@ from flax import nnx
 
 from model_files import FAMILIES, random_tensors, tiny_config
 from models import Decoder, RopeScaling
-from models.decoder import matmul
+from models.layers import matmul
 from models.weights import read_decoder
 from numpy_decoder import reference_logits
 

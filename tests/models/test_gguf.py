@@ -89,7 +89,7 @@ def test_linear_and_yarn_scaling_are_read_from_metadata(tmp_path):
 
 
 REFUSED = {
-    "general.architecture": "gemma3",
+    "general.architecture": "mamba",
     "llama.expert_count": 8,
     "llama.rope.scaling.type": "longrope",
     "llama.rope.dimension_count": 16,
