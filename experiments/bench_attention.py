@@ -4,7 +4,7 @@
 
 The roof of a decode point is the smaller of the read bandwidth, measured in turn with it, and the vector unit's
 multiply-add peak divided by the point's multiply-adds per byte of keys and values (group / element size); `binds` says
-which. Every point rotates over several pools, as the sites of a model do, so that no cache holds what is read. A
+which. `scattered` is the bandwidth of a plain read of the same blocks in random order, as the pages are. Every point rotates over several pools, as the sites of a model do, so that no cache holds what is read. A
 context of "code" or "conv" draws ragged lengths from the traces in data/. Prefill is compared with XLA's matrix
 products, a mixed call with its parts in calls of their own, and, where torch is installed, decode with its attention
 over contiguous keys.
@@ -31,7 +31,7 @@ from hetero_jax import attention, native_attention
 from hetero_jax.attention import AttentionSpec
 from hetero_jax.attention_layout import AttentionLayout, slots_of
 from hetero_jax.config import KV_CACHE_DTYPES
-from hetero_jax.native_probe import multiply_add_peak, read_bandwidth
+from hetero_jax.native_probe import multiply_add_peak, read_bandwidth, scattered_read_bandwidth
 
 _DTYPES = flags.DEFINE_list("dtypes", list(KV_CACHE_DTYPES), "Element types of the pool.")
 _GROUPS = flags.DEFINE_list("groups", ["1", "3", "4", "8"], "Query heads per KV head.")
@@ -91,7 +91,9 @@ def main(argv: list[str]) -> None:
 
 
 def _decode(roofs: Roofs) -> None:
-    print_header(["dtype", "group", "head", "batch", "context", "GB/s", "roof GB/s", "binds", "of the roof"])
+    print_header(
+        ["dtype", "group", "head", "batch", "context", "GB/s", "roof GB/s", "binds", "of the roof", "scattered GB/s"]
+    )
     for dtype in _DTYPES.value:
         for spec in _specs():
             for batch in map(int, _BATCHES.value):
@@ -100,7 +102,10 @@ def _decode(roofs: Roofs) -> None:
                     seconds, read = _beside_reading(_native_call(spec, dtype, rows), roofs.cores)
                     rate = _kv_bytes(spec, dtype, rows) / seconds
                     roof, binds = roofs.of(dtype, spec, read)
+                    block_bytes = _PAGE_SIZE.value * spec.head_dim * jnp.dtype(dtype).itemsize
+                    scattered = scattered_read_bandwidth(block_bytes, roofs.cores, attempts=2)
                     figures = (f"{rate / 1e9:.1f}", f"{roof / 1e9:.1f}", binds, f"{rate / roof:.2f}")
+                    figures += (f"{scattered / 1e9:.1f}",)
                     print_row([*_where(dtype, spec), batch, context, *figures])
 
 

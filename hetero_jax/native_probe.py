@@ -27,9 +27,30 @@ def read_bandwidth(threads: int, attempts: int = _ATTEMPTS) -> float:
     return part * threads / seconds
 
 
+def scattered_read_bandwidth(block_bytes: int, threads: int, attempts: int = _ATTEMPTS) -> float:
+    """The same in blocks of `block_bytes` in random order: what no kernel over pages given out at random can pass."""
+    probe = load_library().hetero_probe_read_blocks
+    probe.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+    probe.restype = ctypes.c_float
+    buffer, orders = _buffer(), _orders(block_bytes, threads)
+    count = orders.shape[1]
+    seconds = _best(
+        threads, lambda thread: probe(buffer.ctypes.data, block_bytes, orders[thread].ctypes.data, count), attempts
+    )
+    return threads * count * block_bytes / seconds
+
+
+@functools.cache
+def _orders(block_bytes: int, threads: int) -> np.ndarray:
+    blocks = _READ_BYTES // block_bytes // threads * threads
+    return np.random.default_rng(0).permutation(blocks).astype(np.int32).reshape(threads, -1)
+
+
 @functools.cache
 def _buffer() -> np.ndarray:
-    return np.ones(_READ_BYTES, np.uint8)
+    buffer = np.ones(_READ_BYTES, np.uint8)
+    load_library().hetero_ask_for_huge_pages(buffer.ctypes.data, buffer.nbytes)  # as the pools do
+    return buffer
 
 
 def multiply_add_peak(dtype: str, threads: int) -> float:

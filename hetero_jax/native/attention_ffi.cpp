@@ -415,6 +415,19 @@ void hetero_ask_for_huge_pages(void* at, int64_t bytes) {
 float hetero_probe_read(const void* from, int64_t bytes) {
   return hetero_jax::find_kernels(hetero_jax::name_of(""))->probe_read(static_cast<const char*>(from), bytes);
 }
+// Blocks of `bytes` in the given order, each fetched while the ones before it are read.
+float hetero_probe_read_blocks(const char* from, int64_t bytes, const int32_t* order, int64_t count) {
+  constexpr int64_t kAheadBytes = 8 << 10, kLine = 64;
+  const auto read = hetero_jax::find_kernels(hetero_jax::name_of(""))->probe_read;
+  const int64_t ahead = std::max<int64_t>(1, kAheadBytes / bytes);
+  float sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + ahead < count)
+      for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + order[i + ahead] * bytes + at);
+    sum += read(from + order[i] * bytes, bytes);
+  }
+  return sum;
+}
 int64_t hetero_probe_multiply_add(int32_t is_bf16, int64_t steps) {
   const auto kv = is_bf16 ? hetero_jax::KvType::kBf16 : hetero_jax::KvType::kF32;
   return hetero_jax::find_kernels(hetero_jax::name_of(""))->probe_multiply_add(kv, steps);
