@@ -3,11 +3,11 @@
     python -m experiments.bench_attention --batches=16,64 --contexts=2048,8192,conv
 
 The roof of a decode point is the smaller of the read bandwidth, measured in turn with it, and the vector unit's
-multiply-add peak divided by the point's multiply-adds per byte of keys and values (group / element size); `binds` says
-which. `scattered` is the bandwidth of a plain read of the same blocks in random order, as the pages are. Every point rotates over several pools, as the sites of a model do, so that no cache holds what is read. A
-context of "code" or "conv" draws ragged lengths from the traces in data/. Prefill is compared with XLA's matrix
-products, a mixed call with its parts in calls of their own, and, where torch is installed, decode with its attention
-over contiguous keys.
+multiply-add peak divided by the point's multiply-adds per byte of keys and values (group / element size); `binds`
+says which. `scattered` is the bandwidth of a plain read of the same blocks in random order, as the pages are. Every
+point rotates over several pools, as the sites of a model do, so that no cache holds what is read. A context of "code"
+or "conv" draws ragged lengths from the traces in data/. Prefill is compared with XLA's matrix products, a mixed call
+with its parts in calls of their own, and, where torch is installed, decode with its attention over contiguous keys.
 """
 
 from __future__ import annotations
