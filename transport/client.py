@@ -39,7 +39,7 @@ from transport.messages import (
 )
 from transport.peer import Peer, Timing
 from transport.protocol import Connection
-from transport.streams import SocketStream, Stream, TlsStream, check_address
+from transport.streams import check_address, open_stream
 
 
 class WorkerClient:
@@ -165,21 +165,12 @@ def connect(
         raise ConnectionLostError(f"no worker at {host}:{port}: {error}") from None
     try:
         check_address(sock.getpeername()[0], secret)
-        peer = Peer(_stream(sock, host, tls, timing), Connection(Role.CLIENT, secret, limits), timing)
+        peer = Peer(open_stream(sock, tls, host), Connection(Role.CLIENT, secret, limits), timing)
         peer.shake_hands()
         return WorkerClient(peer, hello)
     except BaseException:
         sock.close()
         raise
-
-
-def _stream(sock: socket.socket, host: str, tls: ssl.SSLContext | None, timing: Timing) -> Stream:
-    stream = SocketStream(sock)
-    if tls is None:
-        return stream
-    encrypted = TlsStream(stream, tls, server_hostname=host)
-    encrypted.shake_hands(timing.handshake_s)
-    return encrypted
 
 
 def _agree(peer: Peer, hello: Hello) -> Hello:

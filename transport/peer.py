@@ -47,6 +47,8 @@ class Peer:
           HandshakeError: not one to talk to, or not in time.
           ConnectionLostError: the peer closed.
         """
+        if self._deadline_s is not None:
+            self._stream.shake_hands(self._deadline_s)
         try:
             while not self._connection.established:
                 self._send_handshake()

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from transport.errors import ConnectionLostError, FrameError, HandshakeError, RefusedError, TransportError
+from transport.errors import ConnectionLostError, FrameError, HandshakeError, RefusedError, RemoteError, TransportError
 from transport.frames import FrameLimits
 from transport.handshake import MIN_SECRET_BYTES, Role
 from transport.header import Scalar
@@ -31,7 +31,7 @@ from transport.messages import (
 )
 from transport.peer import Peer, Timing
 from transport.protocol import Connection
-from transport.streams import SocketStream, Stream, TlsStream, check_address
+from transport.streams import check_address, open_stream
 
 _logger = logging.getLogger(__name__)
 _BACKLOG = 256
@@ -41,8 +41,8 @@ _MAX_CONNECTIONS = 2048  # threads; most of them wait for bytes
 class Handler(Protocol):
     """What a worker does with messages. One thread at a time calls it.
 
-    What `attend` and `stats` raise goes to the engine as a RemoteError, and the worker goes on. Arrays in messages
-    are views of receive buffers: they stay valid as long as they are held.
+    What `attend` and `stats` raise goes to the engine as a RemoteError, and the session goes on; what `hello` and
+    `release` raise ends it. Arrays in messages are views of receive buffers: they stay valid as long as they are held.
     """
 
     def hello(self, hello: Hello) -> Hello:
@@ -141,7 +141,8 @@ class WorkerServer:
 
     def _serve(self, sock: socket.socket) -> None:
         try:
-            peer = Peer(self._stream(sock), Connection(Role.SERVER, self._secret, self._limits), self._timing)
+            stream = open_stream(sock, self._tls, None)
+            peer = Peer(stream, Connection(Role.SERVER, self._secret, self._limits), self._timing)
             self._converse(peer)
         except ConnectionLostError as error:
             _logger.info("a connection ended: %s", error)
@@ -150,14 +151,6 @@ class WorkerServer:
         finally:
             sock.close()
             del self._connections[sock]
-
-    def _stream(self, sock: socket.socket) -> Stream:
-        stream = SocketStream(sock)
-        if self._tls is None:
-            return stream
-        encrypted = TlsStream(stream, self._tls, server_hostname=None)
-        encrypted.shake_hands(self._timing.handshake_s)
-        return encrypted
 
     def _converse(self, peer: Peer) -> None:
         try:
@@ -172,6 +165,10 @@ class WorkerServer:
         except TransportError as error:
             peer.refuse(error)
             raise
+        except Exception as error:  # of the handler, where no request can be answered with it
+            failure = RemoteError(f"{type(error).__name__}: {error}")
+            peer.refuse(failure)
+            raise failure from error
         finally:
             self._sessions.end(peer)
             peer.close()

@@ -23,6 +23,14 @@ _TLS_CHUNK_BYTES = 1 << 18
 class Stream(Protocol):
     """What a peer needs of a socket. Errors of the network are raised as ConnectionLostError."""
 
+    def shake_hands(self, deadline_s: float) -> None:
+        """What must be said before anything is received or sent, by this moment of the monotonic clock.
+
+        Raises:
+          HandshakeError: it fails, or takes longer.
+        """
+        ...
+
     def set_timeouts(self, receive_s: float, send_s: float) -> None:
         """How long to wait for the next byte to come or to go."""
         ...
@@ -51,6 +59,9 @@ class SocketStream:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(None)
         self._socket = sock
+
+    def shake_hands(self, deadline_s: float) -> None:
+        """As Stream: nothing."""
 
     def set_timeouts(self, receive_s: float, send_s: float) -> None:
         """As Stream."""
@@ -109,13 +120,8 @@ class TlsStream:
         self._lock = threading.Lock()  # around the two above
         self._encrypted = memoryview(bytearray(_TLS_CHUNK_BYTES))
 
-    def shake_hands(self, timeout_s: float) -> None:
-        """TLS's own handshake.
-
-        Raises:
-          HandshakeError: it fails, or takes longer.
-        """
-        deadline_s = time.monotonic() + timeout_s
+    def shake_hands(self, deadline_s: float) -> None:
+        """As Stream: TLS's own handshake."""
         while True:
             try:
                 self._tls.do_handshake()
@@ -125,9 +131,10 @@ class TlsStream:
             except ssl.SSLError as error:
                 self._stream.send([self._outgoing.read()])
                 raise HandshakeError(f"TLS failed: {error}") from None
-            self._stream.set_timeouts(deadline_s - time.monotonic(), timeout_s)
-            if time.monotonic() >= deadline_s or not self._fill():
-                raise HandshakeError(f"no TLS handshake within {timeout_s} s")
+            left_s = deadline_s - time.monotonic()
+            self._stream.set_timeouts(left_s, left_s)
+            if left_s <= 0 or not self._fill():
+                raise HandshakeError("no TLS handshake, or not in time")
 
     def set_timeouts(self, receive_s: float, send_s: float) -> None:
         """As Stream."""
@@ -169,6 +176,12 @@ class TlsStream:
         with self._lock:
             self._incoming.write(self._encrypted[:count])
         return count > 0
+
+
+def open_stream(sock: socket.socket, tls: ssl.SSLContext | None, server_hostname: str | None) -> Stream:
+    """A connected socket's stream. server_hostname: what the certificate must name; None on the server's side."""
+    stream = SocketStream(sock)
+    return stream if tls is None else TlsStream(stream, tls, server_hostname)
 
 
 def check_address(host: str, secret: bytes | None) -> None:

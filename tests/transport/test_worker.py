@@ -153,6 +153,18 @@ def test_a_busy_worker_gives_signs_of_life():
         client.close()
 
 
+def test_what_a_release_raises_ends_the_session_and_is_told():
+    handler = echo_worker.EchoHandler()
+    with serving(WorkerServer(handler)) as server:
+        client = connect(*server.address, Hello(fingerprint="", generation=1, page_budget=1))
+        handler.released = "no number"  # type: ignore[assignment]
+        client.release(np.arange(1))
+        with pytest.raises(ConnectionLostError, match="the worker says: TypeError"):
+            client.stats().result(WAIT_S)
+        client.close()
+        connect(*server.address, Hello(fingerprint="", generation=2, page_budget=1)).close()
+
+
 def test_sigterm_tells_the_engine_to_drain(worker):
     client = worker.connect()
     assert not client.draining.is_set()
@@ -215,6 +227,9 @@ def test_tls_carries_the_same(tmp_path, secret):
         for q, future in zip(queries, futures, strict=True):
             np.testing.assert_array_equal(future.result(WAIT_S).out, q)
         client.close()
+        with socket.create_connection(server.address) as stranger:
+            stranger.sendall(b"no TLS at all" * 10)
+            assert b"HJXC" not in _until_closed(stranger)
         with pytest.raises((HandshakeError, ConnectionLostError)):  # a certificate that the client does not know
             connect(*server.address, hello, secret=secret, tls=ssl.create_default_context())
 
