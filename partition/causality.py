@@ -62,15 +62,14 @@ class _Probe:
     def __init__(self, site: PlannedSite) -> None:
         self.site = site
         self.random = np.random.default_rng(0)
-        self.weights = [self.draw((), value.shape, value.dtype) for value in site.weights]
+        self.weights = [jnp.asarray(self.draw((), value.shape, value.dtype)) for value in site.weights]
         self.derivative = jax.jit(self._derivative)
         self.last_leak = ""
 
-    def draw(self, rows: tuple[int, ...], inner: Sequence[int], dtype: Any) -> jax.Array:
+    def draw(self, rows: tuple[int, ...], inner: Sequence[int], dtype: Any) -> Array:
         shape = (*rows, *inner)
-        if jnp.issubdtype(dtype, jnp.floating):
-            return jnp.asarray(self.random.normal(size=shape), dtype)
-        return jnp.asarray(self.random.integers(0, 2, size=shape), dtype)
+        is_float = jnp.issubdtype(dtype, jnp.floating)
+        return (self.random.normal(size=shape) if is_float else self.random.integers(0, 2, size=shape)).astype(dtype)
 
     def leak(self, query: int, keys: Array, seed: int, *, own_flag: bool) -> bool:
         """Does the query depend on keys after it? Says how in `last_leak`."""
@@ -91,12 +90,12 @@ class _Probe:
                 return True
         return self.changes(outputs, first, query, keys, later)
 
-    def changes(self, outputs: Any, first: list[jax.Array], query: int, keys: Array, later: Array) -> bool:
+    def changes(self, outputs: Any, first: list[Array], query: int, keys: Array, later: Array) -> bool:
         """Do other later keys change the outputs?"""
-        others = [
-            array.at[later].set(self.draw((len(later),), port.layout.inner, array.dtype)) if port.is_cached else array
-            for port, array in zip(self.site.inputs, first, strict=True)
-        ]
+        others = [array.copy() for array in first]
+        for port, array in zip(self.site.inputs, others, strict=True):
+            if port.is_cached:
+                array[later] = self.draw((len(later),), port.layout.inner, array.dtype)
         changed, _ = self.derivative(others, np.array([query]), keys)
         self.last_leak = "depends on the keys after it"
         return any(not np.array_equal(a, b) for a, b in zip(outputs, changed, strict=True))
@@ -111,7 +110,7 @@ class _Probe:
         alone, _ = self.derivative(fewer, np.array([query]), keys[kept])
         return not all(np.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(outputs, alone, strict=True))
 
-    def operands(self, query: int, keys: Array, own_flag: bool) -> list[jax.Array]:
+    def operands(self, query: int, keys: Array, own_flag: bool) -> list[Array]:
         """Random rows; flags of the query's own row are `own_flag`, and a value on both sides is one value there."""
         own = int(np.flatnonzero(keys == query)[0])
         found, on_key_side = [], {}
@@ -119,7 +118,7 @@ class _Probe:
             rows = len(keys) if port.is_cached else 1
             array = self.draw((rows,), port.layout.inner, port.value.dtype)
             if not jnp.issubdtype(array.dtype, jnp.floating):
-                array = array.at[own if port.is_cached else 0].set(own_flag)
+                array[own if port.is_cached else 0] = own_flag
             if port.is_cached:
                 on_key_side[port.value] = array
             elif port.value in on_key_side:
