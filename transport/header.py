@@ -126,8 +126,9 @@ class HeaderReader:
         size = math.prod(shape) * dtype.itemsize
         padded = size + -size % ALIGNMENT
         start = self._body_read
-        span = math.prod(axis or 1 for axis in shape)  # of an empty tensor too, NumPy must be able to count it
-        if padded > len(self._body) - start or span > max(_MAX_EMPTY_SPAN, len(self._body)):
+        # NumPy must be able to count the other axes of an empty tensor.
+        countable = size or math.prod(axis or 1 for axis in shape) <= _MAX_EMPTY_SPAN
+        if padded > len(self._body) - start or not countable:
             raise FrameError(f"a tensor {dtype}{tuple(shape)} needs {padded} bytes, {len(self._body) - start} are left")
         self._body_read = start + padded
         return self._body[start : start + size].view(dtype).reshape(shape)
