@@ -1,14 +1,15 @@
-"""The shape of a Llama-family decoder, in Hugging Face's field names."""
+"""The shape of a Llama-like decoder (Llama, Mistral, Qwen, Gemma, and mixtures of experts), in Hugging Face's names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.checks import CEILINGS, MAX_POSITIONS, check_choice, check_int, check_positive, check_rope_base
+from models.checks import CEILINGS, MAX_EXPERTS, MAX_POSITIONS, check_choice, check_int, check_positive, check_rope_base
 from models.errors import ModelFormatError, UnsupportedModelError
 from models.rope import RopeScaling
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "qwen3_moe", "mixtral")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -18,6 +19,12 @@ class DecoderConfig:
 
     `qkv_bias` is Qwen2's bias on q, k and v; `qk_norm` is Qwen3's RMS norm of each query and key head.
     `layer_types` holds one of LAYER_TYPES per layer, or None: then all layers slide if `sliding_window` is set.
+    `rope_local_base_freq`, where given, is the unscaled rope base of the layers that slide.
+    Gemma's: `scale_embeddings` multiplies embeddings by sqrt(hidden_size); `norm_offset` is added to every norm's
+    scale; `post_norms` norms what attention and MLP give before it is added; `query_pre_attn_scalar` replaces head_dim
+    in the scale of the scores; the soft caps bound scores and logits by cap * tanh(x / cap).
+    With `num_experts`, each MLP is that many of `intermediate_size`; a token passes the `num_experts_per_tok`
+    likeliest, whose weights sum to one where `norm_topk_prob`.
     """
 
     model_type: str = "llama"
@@ -37,6 +44,17 @@ class DecoderConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    rope_local_base_freq: float | None = None
+    scale_embeddings: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = True
 
     def __post_init__(self) -> None:
         check_choice("model_type", self.model_type, MODEL_TYPES)
@@ -46,6 +64,15 @@ class DecoderConfig:
         check_rope_base("rope_theta", self.rope_theta)
         if self.sliding_window is not None:
             check_int("sliding_window", self.sliding_window, MAX_POSITIONS)
+        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        if self.rope_local_base_freq is not None:
+            check_rope_base("rope_local_base_freq", self.rope_local_base_freq)
+        for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        if self.num_experts is not None:
+            check_int("num_experts", self.num_experts, MAX_EXPERTS)
+            check_int("num_experts_per_tok", self.num_experts_per_tok, self.num_experts)
         self._check_heads()
         self._check_layer_types()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from models.config import DecoderConfig
 from models.errors import ModelFormatError, UnsupportedModelError
@@ -10,9 +11,11 @@ from models.families import ModelConfig
 from models.gguf_file import GgufFile
 from models.gguf_gpt_config import GPT_ARCHITECTURES, gpt_config_from_gguf
 from models.gguf_values import get, integer, need, refuse_options, vocab_size
+from models.gguf_variants import expert_fields, gemma_fields
 from models.rope import RopeScaling, yarn_attention_factor
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 files call themselves llama
+# Mistral, SmolLM2 and Mixtral files call themselves llama
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3")
 
 _MAX_FREQUENCIES = 2048
 ROPE_FACTORS = "rope_freqs.weight"  # how converters store the llama3 rule: a divisor per frequency
@@ -37,7 +40,7 @@ def _decoder_config(file: GgufFile, arch: str) -> DecoderConfig:
     refuse_options(
         file,
         {
-            f"{arch}.expert_count": (0,),
+            **({} if arch in ("llama", "qwen3moe") else {f"{arch}.expert_count": (0,)}),
             f"{arch}.logit_scale": (1.0,),
             f"{arch}.rope.scaling.yarn_ext_factor": (-1.0, 1.0),
             f"{arch}.rope.scaling.yarn_log_multiplier": (0.0,),
@@ -50,7 +53,12 @@ def _decoder_config(file: GgufFile, arch: str) -> DecoderConfig:
             raise UnsupportedModelError(
                 f"{file.path}: {key}={file.metadata[key]!r} differs from the head size {head_dim}"
             )
-    return DecoderConfig(
+    variant: dict[str, Any] = {}
+    if arch in ("gemma2", "gemma3"):
+        variant = gemma_fields(file, arch, head_dim=head_dim)
+    elif get(file, f"{arch}.expert_count", 0) != 0:
+        variant = expert_fields(file, arch)
+    shared = dict(
         model_type=arch,
         vocab_size=vocab_size(file),
         hidden_size=hidden,
@@ -65,9 +73,10 @@ def _decoder_config(file: GgufFile, arch: str) -> DecoderConfig:
         rope_scaling=_rope_scaling(file, arch),
         sliding_window=get(file, f"{arch}.attention.sliding_window", 0) or None,
         qkv_bias=arch == "qwen2",
-        qk_norm=arch == "qwen3",
+        qk_norm=arch in ("qwen3", "qwen3moe", "gemma3"),
         tie_word_embeddings="output.weight" not in file.tensors,
     )
+    return DecoderConfig(**{**shared, **variant})
 
 
 def _rope_scaling(file: GgufFile, arch: str) -> RopeScaling | None:

@@ -10,13 +10,12 @@ from flax import nnx
 
 from models.gpt_config import GptConfig
 from models.layers import LayerNorm, Linear, causal_attention, product, random_kernel, random_table
-from models.rope import rope_tables, rotate
+from models.rope import RopeTables, rope_tables, rotate
 
 _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-RopeTables = tuple[jax.Array, jax.Array]  # cosines and sines, f32 [B, T, 1, rotary_dim / 2]
 
 
 class GptAttention(nnx.Module):

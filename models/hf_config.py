@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from models.checks import MAX_LAYERS
 from models.config import DecoderConfig
 from models.errors import ModelFormatError, UnsupportedModelError
 from models.families import MODEL_TYPES, ModelConfig
+from models.hf_gemma_config import gemma2_config_from_hf, gemma3_config_from_hf
 from models.hf_gpt_config import gpt2_config_from_hf, gpt_neox_config_from_hf
 from models.hf_rope import rope_from_hf
 from models.hf_values import count, default, need, refuse_options
@@ -18,6 +20,10 @@ _ARCHITECTURES = (
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "MixtralForCausalLM",
     "GPT2LMHeadModel",
     "GPTNeoXForCausalLM",
 )
@@ -37,7 +43,14 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 # max_position_embeddings where config.json leaves it out: Hugging Face's own defaults
-_DEFAULT_CONTEXT = {"llama": 2048, "mistral": 4096 * 32, "qwen2": 32768, "qwen3": 32768}
+_DEFAULT_CONTEXT = {
+    "llama": 2048,
+    "mistral": 4096 * 32,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "qwen3_moe": 32768,
+    "mixtral": 4096 * 32,
+}
 _MISTRAL_WINDOW = 4096  # Hugging Face's default where the key is absent; an explicit null means no window
 
 
@@ -48,12 +61,12 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     missing or impossible key.
     """
     model_type = _model_type(values)
-    if model_type == "gpt2":
-        return gpt2_config_from_hf(values)
-    return gpt_neox_config_from_hf(values) if model_type == "gpt_neox" else _decoder_config(values, model_type)
+    return _READERS.get(model_type, _llama)(values)
 
 
-def _decoder_config(values: Mapping[str, Any], model_type: str) -> DecoderConfig:
+def _llama(values: Mapping[str, Any]) -> DecoderConfig:
+    """Llama, Mistral, Qwen2, Qwen3, and what the other families share with them."""
+    model_type = values["model_type"]
     refuse_options(values, _NEUTRAL)
     theta, scaling = rope_from_hf(values)
     heads, layers = count(values, "num_attention_heads"), count(values, "num_hidden_layers")
@@ -75,9 +88,39 @@ def _decoder_config(values: Mapping[str, Any], model_type: str) -> DecoderConfig
         sliding_window=window,
         layer_types=layer_types,
         qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in ("qwen3", "qwen3_moe"),
         tie_word_embeddings=bool(default(values, "tie_word_embeddings", False)),
     )
+
+
+def _qwen3_moe(values: Mapping[str, Any]) -> DecoderConfig:
+    refuse_options(values, {"decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)})
+    shape = {**values, "num_experts": None, "intermediate_size": need(values, "moe_intermediate_size")}
+    return dataclasses.replace(
+        _llama(shape),
+        num_experts=default(values, "num_experts", 128),
+        num_experts_per_tok=default(values, "num_experts_per_tok", 8),
+        norm_topk_prob=bool(default(values, "norm_topk_prob", False)),
+    )
+
+
+def _mixtral(values: Mapping[str, Any]) -> DecoderConfig:
+    shape = {"rope_theta": 1e6, "rms_norm_eps": 1e-5, **values, "num_local_experts": None}
+    return dataclasses.replace(
+        _llama(shape),
+        num_experts=default(values, "num_local_experts", 8),
+        num_experts_per_tok=default(values, "num_experts_per_tok", 2),
+    )
+
+
+_READERS = {
+    "gpt2": gpt2_config_from_hf,
+    "gpt_neox": gpt_neox_config_from_hf,
+    "gemma2": gemma2_config_from_hf,
+    "gemma3_text": gemma3_config_from_hf,
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
+}
 
 
 def _model_type(values: Mapping[str, Any]) -> str:
@@ -98,7 +141,8 @@ def _model_type(values: Mapping[str, Any]) -> str:
 def _sliding(values: Mapping[str, Any], model_type: str, layers: int) -> tuple[int | None, tuple[str, ...] | None]:
     """The window and, where only some layers slide, the kind of each layer."""
     window = values.get("sliding_window", _MISTRAL_WINDOW if model_type == "mistral" else None)
-    if model_type == "llama" or (model_type != "mistral" and not values.get("use_sliding_window")):
+    slides_always = model_type in ("mistral", "mixtral")
+    if model_type == "llama" or not (slides_always or values.get("use_sliding_window")):
         return None, None
     if window is None:
         return None, None
@@ -106,13 +150,12 @@ def _sliding(values: Mapping[str, Any], model_type: str, layers: int) -> tuple[i
         if not isinstance(values["layer_types"], list):
             raise ModelFormatError(f"config.json: layer_types must be a list, not {values['layer_types']!r}")
         return window, tuple(values["layer_types"])
-    if model_type == "mistral":
+    if slides_always:
         return window, None
     if layers > MAX_LAYERS:  # checked before a list of that length is made
         raise ModelFormatError(f"config.json: num_hidden_layers must be in 1..{MAX_LAYERS}, not {layers}")
-    first = min(
-        count({"max_window_layers": 28, **values}, "max_window_layers", least=0), layers
-    )  # from here on they slide
+    # from this layer on they slide
+    first = min(count({"max_window_layers": 28, **values}, "max_window_layers", least=0), layers)
     return window, ("full_attention",) * first + ("sliding_attention",) * (layers - first)
 
 

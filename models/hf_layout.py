@@ -33,6 +33,7 @@ _GPT_NEOX = {
     "output_norm": "gpt_neox.final_layer_norm",
     "output": "embed_out",
 }
+_MIXTRAL = {"gate": "w1", "down": "w2", "up": "w3"}
 
 # what checkpoints carry beside the weights: tied heads, rotary frequencies, causal masks
 _IGNORED = r"lm_head\.weight|.+\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)"
@@ -41,7 +42,7 @@ _IGNORED = r"lm_head\.weight|.+\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|atte
 def hf_tensor(config: ModelConfig, name: str, shape: tuple[int, ...]) -> StoredTensor:
     """Where the tensor that the module calls `name` is in the file."""
     if isinstance(config, DecoderConfig):
-        return StoredTensor(name=name, shape=shape)
+        return StoredTensor(name=_mixtral_name(name) if config.model_type == "mixtral" else name, shape=shape)
     if config.model_type == "gpt2":
         # linear layers are stored [in, out], embeddings [entries, hidden]
         transposed = len(shape) == 2 and name.startswith("blk.")
@@ -65,6 +66,11 @@ def hf_file_name(config: ModelConfig, name: str) -> str:
 def is_ignored(name: str) -> bool:
     """Whether the tensor follows from the others and is not read."""
     return re.fullmatch(_IGNORED, name) is not None
+
+
+def _mixtral_name(name: str) -> str:
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    return re.sub(r"\.(gate|down|up)_proj\.", lambda part: f".{_MIXTRAL[part[1]]}.", name)
 
 
 def _gpt_name(name: str, names: dict[str, str], layers: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from models.errors import ModelFormatError, UnsupportedModelError
 
+RopeTables = tuple[jax.Array, jax.Array]  # cosines and sines, f32 [B, T, 1, rotary_dim / 2]
 ROPE_TYPES = ("linear", "llama3", "yarn", "factors")
 
 
@@ -124,9 +125,7 @@ def yarn_attention_factor(scaling: RopeScaling) -> float:
     return magnitude(1.0)
 
 
-def rope_tables(
-    positions: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None
-) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None) -> RopeTables:
     """int32 [B, T] -> cosines and sines, f32 [B, T, 1, rotary_dim / 2]."""
     inv_freq, factor = rope_frequencies(rotary_dim, theta, scaling)
     angles = positions.astype(jnp.float32)[:, :, None, None] * inv_freq

@@ -90,7 +90,6 @@ def test_linear_and_yarn_scaling_are_read_from_metadata(tmp_path):
 
 REFUSED = {
     "general.architecture": "mamba",
-    "llama.expert_count": 8,
     "llama.rope.scaling.type": "longrope",
     "llama.rope.dimension_count": 16,
     "llama.attention.value_length": 16,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import models
+from models.gguf_config import config_from_gguf
+from models.gguf_file import GgufFile
+from models.hf_config import config_from_hf
 from oracle_models import FOLDER, NAMES, oracle, write_oracle_gguf
 
 
@@ -23,6 +28,35 @@ def test_a_folder_gives_the_logits_of_pytorch(name):
 
 
 # gpt_neox_sequential has the tanh form of gelu, which a GGUF file cannot say
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt_neox_sequential"])
+IN_GGUF = [name for name in NAMES if name != "gpt_neox_sequential"]
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
 def test_a_gguf_file_gives_the_logits_of_pytorch(tmp_path, name):
     assert_gives_the_logits(models.load(write_oracle_gguf(name, tmp_path / "m.gguf")).module, name)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1 << 40, 1.5, "x", [1], True, float("nan")], ids=repr)
+@pytest.mark.parametrize("name", IN_GGUF)
+def test_values_of_the_wrong_kind_end_in_a_model_error(tmp_path, name, value):
+    file = GgufFile(write_oracle_gguf(name, tmp_path / "m.gguf"))
+    metadata = file.metadata
+    refused = 0
+    for key in metadata:
+        file.metadata = {**metadata, key: value}
+        try:
+            config_from_gguf(file)
+        except models.ModelError:
+            refused += 1
+    assert refused >= 3
+
+
+def test_an_option_that_is_not_built_is_refused_by_name():
+    config = json.loads((FOLDER / "qwen3_moe" / "config.json").read_text())
+    for key, value in {"decoder_sparse_step": 2, "mlp_only_layers": [0], "use_sliding_window": True}.items():
+        with pytest.raises(models.UnsupportedModelError, match=key):
+            config_from_hf({**config, key: value})
+    config = json.loads((FOLDER / "gemma3" / "config.json").read_text())
+    for key, value in {"use_bidirectional_attention": True, "rope_parameters": {"full_attention": {}}}.items():
+        with pytest.raises(models.UnsupportedModelError, match=key):
+            config_from_hf({**config, key: value})

@@ -145,12 +145,15 @@ def gguf_tensors(config: DecoderConfig, tensors: dict[str, np.ndarray]) -> dict[
     renamed = {}
     for name, value in tensors.items():
         if config.model_type in ("llama", "mistral") and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = value.shape[0] // config.head_dim
-            value = np.stack(np.split(value.reshape(heads, config.head_dim, -1), 2, axis=1), axis=2).reshape(
-                value.shape
-            )
+            value = paired_rows(value, config.head_dim)
         renamed[_gguf_name(name)] = value
     return renamed
+
+
+def paired_rows(value: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of each head from two halves that rotate against each other to neighbours that do."""
+    halves = np.split(value.reshape(-1, head_dim, value.shape[-1]), 2, axis=1)
+    return np.stack(halves, axis=2).reshape(value.shape)
 
 
 def _gguf_name(name: str) -> str:

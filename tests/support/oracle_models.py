@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from model_files import byte_tokenizer, write_gguf
+from model_files import byte_tokenizer, paired_rows, write_gguf
 
 FOLDER = Path(__file__).parents[1] / "data" / "models"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
@@ -39,6 +39,32 @@ _GPT_NEOX = {
     "embed_out": "output",
 }
 
+_ARCHITECTURES = {"gemma2": "gemma2", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
+_LLAMA_LIKE = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_GEMMA = _LLAMA_LIKE | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_EXPERT_PARTS = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "down_proj": "down", "up_proj": "up"}
+
 
 def oracle(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32 [2, 20] and the logits f32 [2, 20, vocab] that PyTorch's transformers gave for them."""
@@ -50,8 +76,9 @@ def write_oracle_gguf(name: str, path: Path) -> Path:
     """The same model as a GGUF file."""
     config = json.loads((FOLDER / name / "config.json").read_text())
     tensors = load_file(FOLDER / name / "model.safetensors")
-    write = {"gpt2": _gpt2, "gpt_neox": _gpt_neox}[config["model_type"]]
-    arch, values, renamed = write(config, tensors)
+    arch, values, renamed = {"gpt2": _gpt2, "gpt_neox": _gpt_neox}.get(config["model_type"], _llama_like)(
+        config, tensors
+    )
     metadata = {f"{arch}.{key}": value for key, value in values.items()}
     tokenizer = byte_tokenizer()
     return write_gguf(path, {"general.architecture": arch, **metadata, **tokenizer}, renamed)
@@ -100,3 +127,59 @@ def _gpt_neox(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> _Writte
             per_head = np.split(value, 3 * heads)  # q, k, v of the first head, of the second, ...
             renamed[name] = np.concatenate([part for kind in range(3) for part in per_head[kind::3]])
     return "gptneox", values, renamed
+
+
+def _llama_like(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> _Written:
+    arch, is_gemma = _ARCHITECTURES[config["model_type"]], config["model_type"].startswith("gemma")
+    tensors = dict(tensors)
+    values = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "rope.freq_base": float(config["rope_theta"]),
+    }
+    if is_gemma:
+        values |= {"attention.sliding_window": config["sliding_window"]}
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            values |= {} if config[key] is None else {key: config[key]}
+        for name in tensors:
+            if name.endswith("norm.weight"):
+                tensors[name] = tensors[name] + 1
+            if name.endswith("q_proj.weight"):  # no key holds the scale of the scores: the head size is meant
+                tensors[name] = tensors[name] * np.float32(config["head_dim"] / config["query_pre_attn_scalar"]) ** 0.5
+    if config.get("rope_scaling"):
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": config["rope_scaling"]["factor"]}
+    if "num_experts_per_tok" in config:
+        values |= {
+            "expert_count": config.get("num_experts") or config["num_local_experts"],
+            "expert_used_count": config["num_experts_per_tok"],
+        }
+    if "moe_intermediate_size" in config:
+        values |= {"expert_feed_forward_length": config["moe_intermediate_size"]}
+    if arch == "llama":
+        for name in tensors:
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                tensors[name] = paired_rows(tensors[name], config["head_dim"])
+    stacked = _stack_experts(tensors)
+    return (
+        arch,
+        values,
+        stacked | {_rename(name, _GEMMA if is_gemma else _LLAMA_LIKE): t for name, t in tensors.items()},
+    )
+
+
+def _stack_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Takes the experts out of `tensors`: one tensor for all of a layer."""
+    groups: dict[str, dict[int, np.ndarray]] = {}
+    for name in list(tensors):
+        part = re.fullmatch(r"model\.layers\.(\d+)\..+\.experts\.(\d+)\.(\w+)\.weight", name)
+        if part:
+            group = groups.setdefault(f"blk.{part[1]}.ffn_{_EXPERT_PARTS[part[3]]}_exps.weight", {})
+            group[int(part[2])] = tensors.pop(name)
+    return {name: np.stack([group[expert] for expert in range(len(group))]) for name, group in groups.items()}
