@@ -1,0 +1,129 @@
+"""Which models are partitioned, how completely, and what that costs: makes docs/models.md.
+
+    pip install -e '.[zoo]' && python -m experiments.model_table --output=docs/models.md
+
+Every model is small, random and unmodified. Compile seconds are those of an engine's first request over its second, at
+one shape of call. The error is the largest difference of a logit of cached decoding (random prefill chunks and single
+rows) from the plain forward pass, as a part of the largest logit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+import hetero_jax as hj
+from experiments import third_party
+from experiments.markdown import print_header, print_row
+
+_OUTPUT = flags.DEFINE_string("output", None, "File to write; default: print.")
+_LAYERS = flags.DEFINE_list("layers", ["2", "24"], "Two numbers of layers to compare.")
+
+_INTRODUCTION = """# Models
+
+What the partitioner makes of unmodified models: small random configurations of them, in f32 on a CPU with JAX {jax}.
+Made by `python -m experiments.model_table`, which says what is measured. Executables are dense + attention ones, for
+each number of rows that a call may have. Times are for {few} / {many} layers; sites and error are those of {few} layers.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What was measured of one model at one number of layers; times in seconds."""
+
+    sites: int
+    recognised: int
+    executables: str
+    partition_s: float
+    compile_s: float
+    error: float
+
+
+def measure(plan_of_layers: Callable[[int], hj.Plan], layers: int) -> Figures:
+    """Partition a model of `layers` layers, verify the plan, and time an engine's first requests."""
+    start_s = time.perf_counter()
+    plan = plan_of_layers(layers)
+    partition_s = time.perf_counter() - start_s
+    tokens = np.random.default_rng(0).integers(0, plan.vocab_size, 40).tolist()
+    error = plan.verify(plan.forward.params, tokens).logits
+    engine = hj.Engine(plan, hj.EngineConfig(kv_cache_bytes=1 << 24, max_num_batched_tokens=8))
+    first_s, second_s = (_seconds_of_request(engine) for _ in range(2))
+    return Figures(
+        sites=len(plan.sites),
+        recognised=sum(site.spec is not None for site in plan.sites),
+        executables=f"{plan.num_dense_executables} + {plan.num_attention_executables}",
+        partition_s=partition_s,
+        compile_s=first_s - second_s,
+        error=error,
+    )
+
+
+def _seconds_of_request(engine: hj.Engine) -> float:
+    start_s = time.perf_counter()
+    list(engine.generate([[1, 2, 3]], hj.SamplingParams(max_tokens=2, temperature=0)))
+    return time.perf_counter() - start_s
+
+
+def _third_party_plan(name: str, layers: int) -> hj.Plan:
+    model = third_party.build(name, layers=layers)
+    return hj.partition(model.fn, model.params, max_rows=third_party.MAX_ROWS)
+
+
+def _own_plan(layers: int) -> hj.Plan:
+    loaded = hj.load("random:tiny")
+    config = dataclasses.replace(loaded.config, num_hidden_layers=layers)
+    return hj.partition(type(loaded.module)(config, rngs=nnx.Rngs(0)), max_rows=third_party.MAX_ROWS)
+
+
+def _models() -> Iterator[tuple[str, str, Callable[[int], hj.Plan]]]:
+    """(model, library, its plan by number of layers)."""
+    yield "Llama", "this project's", _own_plan
+    for name, (library, _) in third_party.MODELS.items():
+        yield name, library, functools.partial(_third_party_plan, name)
+
+
+def _row(name: str, library: str, few: Figures, many: Figures) -> Sequence[object]:
+    return (
+        name,
+        library,
+        few.sites,
+        few.recognised,
+        few.executables,
+        many.executables,
+        f"{few.partition_s:.1f} / {many.partition_s:.1f}",
+        f"{few.compile_s:.1f} / {many.compile_s:.1f}",
+        f"{few.error:.1e}",
+    )
+
+
+def _print_table() -> None:
+    few, many = _LAYERS.value
+    print(_INTRODUCTION.format(jax=jax.__version__, few=few, many=many))
+    columns = ("model", "library", "sites", "recognised", f"executables, {few} layers", f"{many} layers")
+    print_header([*columns, "partition, s", "compile, s", "largest error"])
+    for name, library, plan_of_layers in _models():
+        print_row(_row(name, library, *(measure(plan_of_layers, int(layers)) for layers in (few, many))))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the table, or write the file."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if _OUTPUT.value is None:
+        _print_table()
+        return
+    with Path(_OUTPUT.value).open("w", encoding="utf-8") as file, redirect_stdout(file):
+        _print_table()
+
+
+if __name__ == "__main__":
+    app.run(main)
