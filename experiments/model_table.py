@@ -32,7 +32,7 @@ _INTRODUCTION = """# Models
 
 What the partitioner makes of unmodified models: small random configurations of them, in f32 on a CPU with JAX {jax}.
 Made by `python -m experiments.model_table`, which says what is measured. Executables are dense + attention ones, for
-each number of rows that a call may have. Times are for {few} / {many} layers; sites and error are those of {few} layers.
+each number of rows that a call may have. Times are for {few} / {many} layers, sites and error those of {few} layers.
 """
 
 

@@ -1,0 +1,13 @@
+"""What model_table measures, on the project's own model: nothing outside the project is needed."""
+
+from __future__ import annotations
+
+from experiments import model_table
+
+
+def test_a_deeper_model_has_as_many_executables_and_more_sites():
+    few, many = (model_table.measure(model_table._own_plan, layers) for layers in (2, 5))
+    assert (few.sites, many.sites) == (2, 5) == (few.recognised, many.recognised)
+    assert few.executables == many.executables == "3 + 1"
+    assert 0 < few.error < 1e-5
+    assert model_table._row("Llama", "ours", few, many)[:6] == ("Llama", "ours", 2, 2, "3 + 1", "3 + 1")
