@@ -6,7 +6,7 @@ from experiments import model_table
 
 
 def test_a_deeper_model_has_as_many_executables_and_more_sites():
-    few, many = (model_table.measure(model_table._own_plan, layers) for layers in (2, 5))
+    few, many = (model_table.measure(model_table._own, layers) for layers in (2, 5))
     assert (few.sites, many.sites) == (2, 5) == (few.recognised, many.recognised)
     assert few.executables == many.executables == "3 + 1"
     assert 0 < few.error < 1e-5
