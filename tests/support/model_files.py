@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from models import DecoderConfig
 
 F32 = gguf.GGMLQuantizationType.F32
-_GGUF_NAMES = {
+GGUF_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -160,7 +160,7 @@ def _gguf_name(name: str) -> str:
     if name.startswith("model.layers."):
         layer, rest = name.removeprefix("model.layers.").split(".", 1)
         stem, _, suffix = rest.rpartition(".")
-        return f"blk.{layer}.{_GGUF_NAMES[stem]}.{suffix}"
+        return f"blk.{layer}.{GGUF_NAMES[stem]}.{suffix}"
     top = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
     return top[name] + ".weight"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from model_files import byte_tokenizer, paired_rows, write_gguf
+from model_files import GGUF_NAMES, byte_tokenizer, paired_rows, write_gguf
 
 FOLDER = Path(__file__).parents[1] / "data" / "models"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
@@ -41,17 +41,7 @@ _GPT_NEOX = {
 
 _ARCHITECTURES = {"gemma2": "gemma2", "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mixtral": "llama"}
 _LLAMA_LIKE = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    **GGUF_NAMES,
     "mlp.gate": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
     "model.embed_tokens": "token_embd",
