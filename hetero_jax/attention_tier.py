@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from hetero_jax import attention, native_attention, traced_attention
 from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.described_site import DescribedSite
 from hetero_jax.devices import land, start_copy
 from hetero_jax.errors import ConfigError
 from partition import PlannedSite, Value
@@ -36,25 +37,27 @@ class AttentionTier:
     """Serves `attend` for each site; a pool is donated to the call and replaced by its result.
 
     Args:
-      sites: of the plan.
+      sites: of the plan, or described by an engine elsewhere.
       weights: arrays of the weights that sites read.
       kv_cache_bytes: memory of all pools; `num_pages` is as many as it holds.
       page_size: token positions in a page.
       dtype: element type of the pools.
       device: where they are.
+      max_pages: no more than so many, whatever the memory; None: no limit.
     Raises:
       ConfigError: not one page fits, or what serves this device has no such dtype.
     """
 
     def __init__(
         self,
-        sites: Sequence[PlannedSite],
+        sites: Sequence[PlannedSite | DescribedSite],
         weights: Mapping[Value, jax.Array],
         *,
         kv_cache_bytes: int,
         page_size: int,
         dtype: Any,
         device: Any,
+        max_pages: int | None = None,
     ) -> None:
         self.device = device
         choose = _KernelChoice(dtype=dtype, device=device)
@@ -69,7 +72,8 @@ class AttentionTier:
                 f"kv_cache_bytes={kv_cache_bytes} holds no page: one page of {page_size} tokens takes "
                 f"{page_bytes} bytes over {len(sites)} sites"
             )
-        self.num_pages = kv_cache_bytes // page_bytes
+        fitting = kv_cache_bytes // page_bytes
+        self.num_pages = fitting if max_pages is None else min(fitting, max_pages)
         self._pools = [kernel.make_pool(num_pages=self.num_pages, page_size=page_size) for kernel in pools.values()]
         self._weights = [
             jax.device_put(site.kernel_weights([weights[value] for value in site.weights]), device) for site in sites
@@ -78,9 +82,19 @@ class AttentionTier:
         self._calls = [jitted[kernel] for kernel in self._kernels]
 
     @property
+    def place(self) -> str:
+        """Where it is."""
+        return str(self.device)
+
+    @property
     def pool_bytes(self) -> int:
         """Bytes of all pools."""
         return sum(array.nbytes for array in jax.tree.leaves(self._pools))
+
+    @property
+    def num_sites(self) -> int:
+        """Sites that it serves."""
+        return len(self._kernels)
 
     def place_layout(self, layout: AttentionLayout) -> list[AttentionLayout]:
         """What each site needs of the layout, on this tier's device: once per microbatch, not once per site."""
@@ -100,6 +114,10 @@ class AttentionTier:
         self._pools[pool], out = self._calls[site](self._pools[pool], here, layouts[site], self._weights[site])
         return out
 
+    def fetch(self, pending: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """What `attend` began, as arrays on this tier's device; JAX waits for them where they are used."""
+        return pending
+
 
 class _KernelChoice:
     """Picks what serves a site: the native kernel, the same in jax.numpy, or the site's own subgraph."""
@@ -108,8 +126,8 @@ class _KernelChoice:
         self.dtype, self.device = jnp.dtype(dtype), device
         self.why_not_native = native_attention.refusal(dtype=dtype, device=device)
 
-    def __call__(self, site: PlannedSite) -> SiteKernel:
-        if site.spec is None:
+    def __call__(self, site: PlannedSite | DescribedSite) -> SiteKernel:
+        if isinstance(site, PlannedSite) and site.spec is None:
             return self._traced(site)
         if self.why_not_native is None:
             return _SpecKernel(native_attention, site, self.dtype, self.device, native_attention.needed_layout)
@@ -137,7 +155,9 @@ class _KernelChoice:
 class _SpecKernel:
     """A recognised site by `hetero_jax.attention` or `hetero_jax.native_attention`."""
 
-    def __init__(self, module: Any, site: PlannedSite, dtype: Any, device: Any, needed: Callable[..., Any]) -> None:
+    def __init__(
+        self, module: Any, site: PlannedSite | DescribedSite, dtype: Any, device: Any, needed: Callable[..., Any]
+    ) -> None:
         assert site.spec is not None
         self._module, self._spec, self._dtype, self._device = module, site.spec, dtype, device
         self.needed_layout = needed

@@ -1,4 +1,4 @@
-"""The command line: hetero-jax generate | convert | plan."""
+"""The command line: hetero-jax generate | worker | convert | plan."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 import models
@@ -17,11 +18,14 @@ from hetero_jax.engine import Engine
 from hetero_jax.errors import ConfigError, HeteroJaxError
 from hetero_jax.job import EXIT_CLEAN, EXIT_FAILED, JobConfig, run_job
 from hetero_jax.sampling_params import SamplingParams
+from hetero_jax.worker import make_server
 from partition import PartitionError, Plan, partition
+from transport import TransportError
 
 _OVERVIEW = """hetero-jax: offline LLM generation; KV cache and attention on the CPU, the rest on the accelerator.
 
   hetero-jax generate --model=MODEL --input=prompts.jsonl --output=completions.jsonl --max_tokens=64 --temperature=0
+  hetero-jax worker   --listen=HOST:PORT --kv_cache_bytes=8G    serve KV cache and attention to `generate --workers`
   hetero-jax convert  --model=MODEL --output=FOLDER      write an Orbax checkpoint that loads without conversion
   hetero-jax plan     --model=MODEL                      print how the model is cut, and run nothing
   hetero-jax plan     --module=package.module:build      the same for a model of yours: build() returns it
@@ -44,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_CLEAN
     commands = {
         "generate": (_generate_flags, _generate),
+        "worker": (_worker_flags, _worker),
         "convert": (_convert_flags, _convert),
         "plan": (_plan_flags, _plan),
     }
@@ -67,7 +72,7 @@ def _run(
         if rest:
             raise ConfigError(f"unexpected argument {rest[0]!r}; allowed: flags, as --name=value")
         return run(values.flag_values_dict())
-    except (HeteroJaxError, models.ModelError, PartitionError, flags.Error, OSError) as error:
+    except (HeteroJaxError, models.ModelError, PartitionError, TransportError, flags.Error, OSError) as error:
         print(f"hetero-jax {name}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -90,7 +95,7 @@ def _engine_flags(values: flags.FlagValues) -> None:
     def integer(name: str, default: int | None, text: str) -> None:
         flags.DEFINE_integer(name, default, text, flag_values=values)
 
-    flags.DEFINE_string("kv_cache_bytes", "1G", "Memory of the KV pools: 2G, 512M ...", flag_values=values)
+    _kv_cache_flag(values)
     flags.DEFINE_enum("kv_cache_dtype", None, list(KV_CACHE_DTYPES), "Default: the model's.", flag_values=values)
     integer("page_size", 16, "Token positions in a KV page.")
     integer("max_num_batched_tokens", 512, "Rows of one microbatch, prefill and decode together.")
@@ -101,7 +106,27 @@ def _engine_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "attention", "tier2", ["tier1", "tier2"], "Where KV cache and attention live.", flag_values=values
     )
+    flags.DEFINE_list(
+        "workers", [], "HOST:PORT of a worker that serves tier 2; default: this process.", flag_values=values
+    )
+    _secret_flag(values)
     flags.DEFINE_float("tier1_memory_gb", None, "Most memory to use on tier 1.", flag_values=values)
+
+
+def _kv_cache_flag(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("kv_cache_bytes", "1G", "Memory of the KV pools here: 2G, 512M ...", flag_values=values)
+
+
+def _secret_flag(values: flags.FlagValues) -> None:
+    text = "File of the secret that engine and worker share; needed off loopback."
+    flags.DEFINE_string("secret_file", None, text, flag_values=values)
+
+
+def _worker_flags(values: flags.FlagValues) -> None:
+    text = "HOST:PORT to listen on, the host in numbers; port 0: any free one."
+    flags.DEFINE_string("listen", "127.0.0.1:7000", text, flag_values=values)
+    _kv_cache_flag(values)
+    _secret_flag(values)
 
 
 def _generate_flags(values: flags.FlagValues) -> None:
@@ -160,6 +185,15 @@ def _generate(values: dict[str, Any]) -> int:
     return run_job(job, lambda: _engine(values))
 
 
+def _worker(values: dict[str, Any]) -> int:
+    kv_cache_bytes = parse_bytes(values["kv_cache_bytes"])
+    server = make_server(listen=values["listen"], kv_cache_bytes=kv_cache_bytes, secret_file=values["secret_file"])
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not for tier 2
+    print("listening on {}:{}".format(*server.address), flush=True)
+    server.serve_forever()
+    return EXIT_CLEAN
+
+
 def _convert(values: dict[str, Any]) -> int:
     output = values["output"]
     models.save(_load(values), output)
@@ -198,9 +232,13 @@ def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
 
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches")
-    names += ("max_model_len", "tier1", "attention", "tier1_memory_gb", "seed")
+    names += ("max_model_len", "tier1", "attention", "secret_file", "tier1_memory_gb", "seed")
     config = {name: values[name] for name in names}
-    return {**config, "kv_cache_bytes": parse_bytes(values["kv_cache_bytes"])}
+    return {
+        **config,
+        "kv_cache_bytes": parse_bytes(values["kv_cache_bytes"]),
+        "workers": tuple(values["workers"]),
+    }
 
 
 def _engine(values: dict[str, Any]) -> Engine:

@@ -14,7 +14,7 @@ KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 class EngineConfig:
     """Sizes and placement of an engine.
 
-    kv_cache_bytes: memory of the paged key-value pools, over all sites.
+    kv_cache_bytes: memory of the paged key-value pools, over all sites, in this process.
     kv_cache_dtype: element type of the pools, one of KV_CACHE_DTYPES; None: the model's. int8 has one f32 scale for
       each token and head, and needs the native kernel.
     page_size: token positions in a page; the native kernel rounds the memory of a page up to a multiple of 16.
@@ -24,6 +24,8 @@ class EngineConfig:
     max_model_len: longest prompt + output in tokens; None: what the model and the pools allow.
     tier1: platform of the dense stages; None: JAX's default backend.
     attention: "tier2" keeps the KV pools and the attention on the CPU; "tier1" puts both on the accelerator.
+    workers: HOST:PORT of the worker that serves tier 2 in its own kv_cache_bytes; empty: this process does.
+    secret_file: holds the secret shared with the worker, 16 bytes or more; needed unless it is on loopback.
     tier1_memory_gb: refuse a configuration that needs more than this on tier 1; None: no limit.
     seed: seed of sequences whose SamplingParams have none.
 
@@ -40,6 +42,8 @@ class EngineConfig:
     max_model_len: int | None = None
     tier1: Literal["cpu", "gpu"] | None = None
     attention: Literal["tier1", "tier2"] = "tier2"
+    workers: tuple[str, ...] = ()
+    secret_file: str | None = None
     tier1_memory_gb: float | None = None
     seed: int = 0
 
@@ -55,6 +59,11 @@ class EngineConfig:
         _check("max_model_len", self.max_model_len, (self.max_model_len or 16) >= 16, "at least 16")
         _check("tier1", self.tier1, self.tier1 in (None, "cpu", "gpu"), "cpu or gpu")
         _check("attention", self.attention, self.attention in ("tier1", "tier2"), "tier1 or tier2")
+        _check("workers", self.workers, len(self.workers) < 2, "one HOST:PORT; several are not served yet")
+        away = not self.workers or self.attention == "tier2"
+        _check("attention", self.attention, away, "tier2, as there are workers")
+        known = self.secret_file is None or bool(self.workers)
+        _check("secret_file", self.secret_file, known, "None, as there are no workers")
         limit = self.tier1_memory_gb
         _check("tier1_memory_gb", limit, limit is None or limit > 0, "more than 0")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1")

@@ -16,8 +16,11 @@ from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.config import EngineConfig
 from hetero_jax.dense_tier import DenseTier
 from hetero_jax.devices import place
+from hetero_jax.endpoint import read_secret
 from hetero_jax.errors import ConfigError, RequestError
 from hetero_jax.outputs import Completion, Request
+from hetero_jax.pages import pages_for
+from hetero_jax.remote_tier import RemoteTier
 from hetero_jax.rows import pack
 from hetero_jax.sampling_params import SamplingParams
 from hetero_jax.scheduler import Batch, Scheduler, SchedulerConfig
@@ -97,13 +100,8 @@ class Engine:
         self.max_model_len = self.config.max_model_len or plan.max_rows
         dtype = jnp.dtype(self.config.kv_cache_dtype or _float_dtype(params))
         self._dense = DenseTier(self.plan, params, device=placement.tier1)
-        self._attention = AttentionTier(
-            self.plan.sites,
-            self._dense.prepared,
-            kv_cache_bytes=self.config.kv_cache_bytes,
-            page_size=self.config.page_size,
-            dtype=dtype,
-            device=placement.tier2,
+        self._attention = _attention_tier(
+            self.config, self.plan, self._dense, dtype=dtype, device=placement.tier2, max_model_len=self.max_model_len
         )
         _check_tier1_memory(self.config, self._dense, self._attention)
         self._scheduler = Scheduler(
@@ -127,7 +125,7 @@ class Engine:
         pages = f"{self._attention.num_pages} KV pages of {self.config.page_size} tokens"
         return (
             f"Engine({self.model.name}: {len(self.plan.stages)} dense stages on {self._dense.device}, "
-            f"{len(self.plan.sites)} attention sites on {self._attention.device}, "
+            f"{len(self.plan.sites)} attention sites on {self._attention.place}, "
             f"{pages} ({self._attention.pool_bytes / 2**20:.0f} MiB))"
         )
 
@@ -306,6 +304,22 @@ def _plan_of(model: models.LoadedModel | Plan, max_model_len: int | None) -> Pla
     return model
 
 
+def _attention_tier(
+    config: EngineConfig, plan: Plan, dense: DenseTier, *, dtype: Any, device: Any, max_model_len: int
+) -> AttentionTier | RemoteTier:
+    shape = {"page_size": config.page_size, "dtype": dtype, "device": device}
+    if not config.workers:
+        return AttentionTier(plan.sites, dense.prepared, kv_cache_bytes=config.kv_cache_bytes, **shape)
+    return RemoteTier(
+        plan.sites,
+        dense.prepared,
+        address=config.workers[0],
+        secret=read_secret(config.secret_file),
+        max_pages=config.max_num_seqs * pages_for(max_model_len, config.page_size),
+        **shape,
+    )
+
+
 def _float_dtype(params: Any) -> Any:
     """The element type of most numbers: modules may hold counters and random keys too."""
     sizes: dict[Any, int] = {}
@@ -315,10 +329,11 @@ def _float_dtype(params: Any) -> Any:
     return max(sizes, key=sizes.__getitem__)
 
 
-def _check_tier1_memory(config: EngineConfig, dense: DenseTier, attention: AttentionTier) -> None:
+def _check_tier1_memory(config: EngineConfig, dense: DenseTier, attention: AttentionTier | RemoteTier) -> None:
     if config.tier1_memory_gb is None:
         return
-    pools = attention.pool_bytes if attention.device == dense.device else 0
+    here = isinstance(attention, AttentionTier) and attention.device == dense.device
+    pools = attention.pool_bytes if here else 0
     needed_gb = (dense.weight_bytes + pools) / 1e9
     if needed_gb > config.tier1_memory_gb:
         raise ConfigError(

@@ -5,6 +5,7 @@ HeteroJaxError                 anything this package raises on purpose
 |-- RequestError               a request that cannot run
 |   |-- SamplingParamsError    a sampling parameter out of range, or a combination that has no meaning
 |   `-- CapacityError          longer than the model or the KV pool allows
+|-- WorkerError                a worker that is not there, refuses, fails or was lost
 `-- JobError                   a job that cannot start or go on: input, output file, lock
 """
 
@@ -29,6 +30,10 @@ class SamplingParamsError(RequestError):
 
 class CapacityError(RequestError):
     """A sequence longer than the model or the whole KV pool allows."""
+
+
+class WorkerError(HeteroJaxError):
+    """A worker that is not there, refuses, fails or was lost; the message begins with its address."""
 
 
 class JobError(HeteroJaxError):

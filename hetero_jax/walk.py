@@ -5,17 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from hetero_jax.attention_tier import AttentionTier
+from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.dense_tier import DenseTier
 from hetero_jax.devices import land
 from hetero_jax.rows import PackedRows
 from hetero_jax.sampler import RowSampling, SamplerOutputs, build_inputs, sample
 from partition import Plan, Value
+
+
+class Tier2(Protocol):
+    """What serves the attention: `AttentionTier` in this process, `RemoteTier` elsewhere.
+
+    What `place_layout` gives goes into `attend`, and what that gives into `fetch`, for the rows [R, heads, v_head_dim].
+    """
+
+    def place_layout(self, layout: AttentionLayout) -> Any: ...
+
+    def begin(self, arrays: tuple[jax.Array, ...]) -> None: ...
+
+    def attend(self, site: int, layouts: Any, inputs: Sequence[jax.Array]) -> Any: ...
+
+    def fetch(self, pending: Any) -> tuple[jax.Array, ...]: ...
 
 
 class Timings:
@@ -41,7 +56,7 @@ class Timings:
 class Tiers:
     """What a walk passes through, and what each value is still needed for."""
 
-    def __init__(self, plan: Plan, dense: DenseTier, attention: AttentionTier, timings: Timings) -> None:
+    def __init__(self, plan: Plan, dense: DenseTier, attention: Tier2, timings: Timings) -> None:
         self.plan, self.dense, self.attention, self.timings = plan, dense, attention, timings
         reads = [frozenset(stage.reads) for stage in plan.stages]
         self._read_from = [frozenset().union(*reads[index:]) for index in range(len(reads))]
@@ -114,6 +129,6 @@ def run_stages(
             outputs = attention.attend(stage.index, layouts, inputs)
             wait(outputs)
         yield
-        found = (land(array, dense.device) for array in outputs)
+        found = (land(array, dense.device) for array in attention.fetch(outputs))
         values.update(zip(site.site.outputs, found, strict=True))
         tiers.release(values, stage.index + 1)

@@ -117,9 +117,13 @@ class Peer:
             self._await_deadline(self._deadline_s)
         count = self._stream.receive_into(self._connection.receive_buffer())
         if not count:
-            where = "between two messages" if self._connection.may_end else "in the middle of something"
-            raise ConnectionLostError(f"the peer closed the connection {where}")
+            raise ConnectionLostError(f"the peer closed the connection {self._where()}")
         self._received += self._connection.received(count)
+
+    def _where(self) -> str:
+        if not self._connection.established:
+            return "during the handshake, as it does where its secret is another one"
+        return "between two messages" if self._connection.may_end else "in the middle of something"
 
     def _await_deadline(self, deadline_s: float) -> None:
         left_s = deadline_s - time.monotonic()

@@ -52,7 +52,7 @@ def test_help_of_a_command_lists_its_flags(capsys, command, flag):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("serve",), "unknown command 'serve'; allowed: generate, convert, plan"),
+        (("serve",), "unknown command 'serve'; allowed: generate, worker, convert, plan"),
         (("plan",), "exactly one of the two"),
         (("plan", "--model=random:tiny", "--module=small_model:build"), "exactly one of the two"),
         (("plan", "--module=small_model"), "allowed: package.module:function"),

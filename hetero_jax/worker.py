@@ -1,0 +1,102 @@
+"""A process that serves tier 2 to an engine elsewhere: pools and kernels of the sites that its handshake describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+import jax
+import numpy as np
+
+from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_tier import AttentionTier
+from hetero_jax.described_site import read_description
+from hetero_jax.endpoint import read_secret, split_address
+from hetero_jax.errors import ConfigError
+from transport import Attend, Handler, Hello, Release, Result, WorkerServer
+from transport.errors import RefusedError
+
+_LAYOUT = tuple(field.name for field in fields(AttentionLayout))
+
+
+class TierHandler(Handler):
+    """Serves an `AttentionTier` that each session's Hello describes. The engine numbers the pages.
+
+    Args:
+      kv_cache_bytes: memory of all pools; a session takes as much of it as it can use.
+    """
+
+    def __init__(self, *, kv_cache_bytes: int) -> None:
+        self._kv_cache_bytes = kv_cache_bytes
+        self._tier: AttentionTier | None = None
+
+    def hello(self, hello: Hello) -> Hello:
+        """As Handler."""
+        self._tier = None  # its pools make room first
+        try:
+            self._tier = tier = self._make_tier(hello)
+        except ConfigError as error:
+            raise RefusedError(str(error)) from error
+        return Hello(fingerprint=hello.fingerprint, generation=hello.generation, page_budget=tier.num_pages)
+
+    def attend(self, attend: Attend) -> Result:
+        """As Handler. The layout has the fields of AttentionLayout."""
+        assert self._tier is not None, "attends follow a hello"
+        if not 0 <= attend.site < self._tier.num_sites:
+            raise ConfigError(f"site {attend.site}; allowed: below {self._tier.num_sites}")
+        if attend.k is None or attend.v is None:
+            raise ConfigError("an attend without k and v; allowed: with them")
+        layouts = self._tier.place_layout(read_layout(attend.layout))
+        inputs = [jax.device_put(array, self._tier.device) for array in (attend.q, attend.k, attend.v)]
+        (out,) = self._tier.attend(attend.site, layouts, inputs)
+        return Result(request_id=attend.request_id, out=np.asarray(out))
+
+    def release(self, release: Release) -> None:
+        """As Handler: nothing, as the engine gives pages away again itself."""
+
+    def stats(self) -> Mapping[str, int]:
+        """As Handler: bytes of the pools."""
+        return {"pool_bytes": 0 if self._tier is None else self._tier.pool_bytes}
+
+    def _make_tier(self, hello: Hello) -> AttentionTier:
+        sites = [read_description(site) for site in hello.sites]
+        kinds = {(site.page_size, site.kv_cache_dtype) for site in sites}
+        if len(kinds) != 1:
+            raise ConfigError(f"page sizes and dtypes of the sites: {sorted(kinds)}; allowed: one, the same for all")
+        ((page_size, dtype),) = kinds
+        return AttentionTier(
+            sites,
+            {},
+            kv_cache_bytes=self._kv_cache_bytes,
+            page_size=page_size,
+            dtype=dtype,
+            device=jax.local_devices(backend="cpu")[-1],
+            max_pages=max(hello.page_budget, 1),
+        )
+
+
+def read_layout(arrays: Mapping[str, np.ndarray]) -> AttentionLayout:
+    """The layout of an Attend.
+
+    Raises:
+      ConfigError: an array is missing or is not int32.
+    """
+    for name in _LAYOUT:
+        if name not in arrays or arrays[name].dtype != np.int32:
+            raise ConfigError(f"a layout with {sorted(arrays)}; allowed: {', '.join(_LAYOUT)}, all int32")
+    return AttentionLayout(**{name: arrays[name] for name in _LAYOUT})
+
+
+def make_server(*, listen: str, kv_cache_bytes: int, secret_file: str | None = None) -> WorkerServer:
+    """A worker's server, listening but not serving yet.
+
+    Args:
+      listen: HOST:PORT, the host in numbers; port 0: any free one.
+    Raises:
+      ConfigError: no address.
+      TransportError: not loopback and no secret, or a secret that is too short.
+      OSError: the address or the file cannot be used.
+    """
+    host, port = split_address(listen)
+    handler = TierHandler(kv_cache_bytes=kv_cache_bytes)
+    return WorkerServer(handler, host, port, secret=read_secret(secret_file))

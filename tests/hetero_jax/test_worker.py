@@ -1,0 +1,145 @@
+"""Tier 2 in a worker's process: the golden tokens over a socket, and who is refused."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hetero_jax as hj
+from golden import first_difference, golden_rows
+from hetero_jax.cli import main
+from hetero_jax.errors import ConfigError, WorkerError
+from small_model import SmallModel
+from worker_process import worker_process
+
+SECRET = "a secret of this job"
+
+
+@pytest.fixture
+def secret_file(tmp_path):
+    path = tmp_path / "job.key"
+    path.write_text(SECRET + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("authenticated", [False, True], ids=["plain", "authenticated"])
+def test_golden_tokens_of_a_worker_in_a_process_of_its_own(smollm2_gguf, secret_file, authenticated):
+    secret = secret_file if authenticated else None
+    flags = [f"--secret_file={secret}"] if authenticated else []
+    with worker_process("--kv_cache_bytes=24M", *flags) as (address, _):
+        config = hj.EngineConfig(workers=(address,), secret_file=secret, max_num_batched_tokens=64, max_model_len=256)
+        engine = hj.Engine(hj.load(str(smollm2_gguf)), config)
+        short = [row for row in golden_rows() if len(row["prompt_ids"]) < 60][:12]
+        rows = {row["id"]: {**row, "greedy_ids": row["greedy_ids"][:16]} for row in short}
+        requests = [
+            hj.Request(
+                id=row_id,
+                prompt_token_ids=tuple(row["prompt_ids"]),
+                sampling_params=hj.SamplingParams(max_tokens=len(row["greedy_ids"]), temperature=0, ignore_eos=True),
+            )
+            for row_id, row in rows.items()
+        ]
+        tokens = {completion.id: completion.token_ids for completion in engine.generate(requests)}
+    assert len(rows) == 12
+    assert tokens.keys() == rows.keys()
+    assert all(first_difference(rows[row_id], found) is None for row_id, found in tokens.items())
+    assert engine.stats.pages_total == (24 << 20) // (30 * 2 * 3 * 64 * 16 * 4)  # the worker's memory counts
+
+
+def _greedy(model: SmallModel, params, prompt, count: int) -> list[int]:
+    """The plain forward pass over all tokens so far, again and again."""
+    tokens, forward = np.zeros((1, 32), np.int32), jax.jit(model.__call__)
+    tokens[0, : len(prompt)] = prompt
+    for at in range(len(prompt), len(prompt) + count):
+        tokens[0, at] = np.argmax(forward(params, tokens, np.arange(32)[None])[0, at - 1])
+    return tokens[0, len(prompt) : len(prompt) + count].tolist()
+
+
+def _alibi_with_sinks(q, k, v, positions, *, sinks):
+    """Linear biases, a window, a soft cap and sinks: all that a description may say."""
+    rows, heads, dim = q.shape[1:]
+    k, v = (jnp.repeat(array, heads // array.shape[2], axis=2) for array in (k, v))
+    scores = 5 * jnp.tanh(jnp.einsum("bthd,bshd->bhts", q, k) * dim**-0.5 / 5)
+    distance = jnp.arange(rows)[:, None] - jnp.arange(rows)[None, :]
+    scores -= jnp.asarray([2.0**-n for n in range(heads)])[:, None, None] * distance
+    scores = jnp.where((distance >= 0) & (distance < 9), scores, -jnp.inf)
+    sink = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+    top = jnp.maximum(scores.max(-1, keepdims=True), sink)
+    weights = jnp.exp(scores - top)
+    weights = weights / (weights.sum(-1, keepdims=True) + jnp.exp(sink - top))
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def test_biases_windows_caps_and_sinks_travel_and_a_worker_serves_one_engine_after_another():
+    prompts = [[n + 1, 2, 3, 5, 8, 13, 21] for n in range(3)]
+    with worker_process("--kv_cache_bytes=1M") as (address, _):
+        config = hj.EngineConfig(workers=(address,))
+        for small in (SmallModel(), SmallModel(attention=_alibi_with_sinks, extra={"sinks": (6,)})):
+            params = small.params()
+            plan = hj.partition(small, params, max_rows=64)
+            assert plan.sites[0].spec is not None, plan.sites[0].unrecognised
+            engine = hj.Engine(plan, config)
+            sampling = hj.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+            found = {int(each.id): list(each.token_ids) for each in engine.generate(prompts, sampling)}
+            assert found == {n: _greedy(small, params, prompt, 12) for n, prompt in enumerate(prompts)}
+            del engine  # which ends its session
+
+
+def test_a_lost_worker_is_one_error_that_names_it():
+    small = SmallModel()
+    with worker_process("--kv_cache_bytes=1M") as (address, process):
+        engine = hj.Engine(hj.partition(small, small.params(), max_rows=64), hj.EngineConfig(workers=(address,)))
+        completions = engine.generate([[1, 2], [3, 4]] * 3, hj.SamplingParams(max_tokens=40, temperature=0))
+        process.kill()
+        with pytest.raises(WorkerError, match=f"worker {address}: the worker is lost"):
+            list(completions)
+
+
+def test_a_site_without_a_kernel_is_refused_by_name():
+    def sigmoid(q, k, v, positions):
+        k, v = (jnp.repeat(array, q.shape[2] // array.shape[2], axis=2) for array in (k, v))
+        scores = jnp.einsum("bthd,bshd->bhts", q, k)
+        rows = jnp.arange(q.shape[1])
+        weights = jnp.where(rows[:, None] >= rows[None, :], jax.nn.sigmoid(scores), 0)
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+    small = SmallModel(attention=sigmoid)
+    plan = hj.partition(small, small.params(), max_rows=64)
+    with pytest.raises(ConfigError, match=r"test_worker\.py.*cannot go to workers"):
+        hj.Engine(plan, hj.EngineConfig(workers=("127.0.0.1:1",)))
+
+
+@pytest.mark.parametrize(
+    ("secret", "message"),
+    [("another secret of a job", "its secret is another one"), (None, "secret"), ("short", "allowed: at least 16")],
+)
+def test_a_wrong_secret_is_refused(tmp_path, capsys, secret_file, secret, message):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": 0, "prompt_token_ids": [1, 2]}) + "\n")
+    flags = []
+    if secret is not None:
+        (tmp_path / "wrong.key").write_text(secret)
+        flags = [f"--secret_file={tmp_path / 'wrong.key'}"]
+    with worker_process("--kv_cache_bytes=1M", f"--secret_file={secret_file}") as (address, _):
+        files = [f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
+        generate = ["hetero-jax", "generate", "--model=random:tiny", "--max_model_len=64", *files]
+        assert main([*generate, f"--workers={address}", *flags]) == 1
+    error = capsys.readouterr().err
+    assert f"worker {address}: " in error and message in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--listen=0.0.0.0:0"], "address 0.0.0.0 without a secret"),
+        (["--listen=7000"], "address '7000'; allowed: HOST:PORT"),
+        (["--listen=127.0.0.1:0", "--kv_cache_bytes=lots"], "kv_cache_bytes='lots'"),
+        (["--listen=127.0.0.1:0", "--secret_file=no/such.key"], "No such file"),
+    ],
+)
+def test_a_worker_that_cannot_begin_says_why(capsys, flags, message):
+    assert main(["hetero-jax", "worker", *flags]) == 1
+    assert message in capsys.readouterr().err
