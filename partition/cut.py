@@ -63,17 +63,16 @@ class _Cutter:
         self.program = analysis.traced.program
         self.rows = analysis.traced.rows
         self.site_outputs = {port.value: (item, port) for item in sites for port in item.outputs}
-        self.inside = {eqn for item in sites for eqn in item.site.equations}
+        self.live = self._live_equations()
         self.stage_of = self._stage_of_values()
         self.sends = self._sends()
 
     def _stage_of_values(self) -> dict[Value, int]:
         found = {self.analysis.traced.tokens: 0}
         found.update({value: item.site.index + 1 for value, (item, _) in self.site_outputs.items()})
-        for eqn in self.program.equations:
-            if eqn not in self.inside and self.is_token(eqn.outputs[0]):
-                stage = max(found[value] for value in eqn.inputs if self.is_token(value))
-                found.update(dict.fromkeys(eqn.outputs, stage))
+        for eqn in self.live:
+            stage = max(found[value] for value in eqn.inputs if self.is_token(value))
+            found.update(dict.fromkeys(eqn.outputs, stage))
         return found
 
     def is_token(self, value: Value) -> bool:
@@ -92,13 +91,19 @@ class _Cutter:
         return found
 
     def stages(self) -> tuple[Stage, ...]:
-        live = self._live_equations()
-        return tuple(self._stage(index, live) for index in range(len(self.sites) + 1))
+        return tuple(self._stage(index, self.live) for index in range(len(self.sites) + 1))
 
     def _live_equations(self) -> list[Equation]:
-        """Token equations that the logits need, so that work whose result the model drops is not done."""
-        live = closure(self.program.outputs, self.analysis.made_by, self.is_token)
-        return [eqn for eqn in self.program.equations if eqn in live and eqn not in self.inside]
+        """Token equations that the logits and the sites need of the dense stages.
+
+        Work whose result the model drops is not done. What stands between the reductions of a site and is needed
+        behind it too (the weights of learned keys) is done in both.
+        """
+        needed = [*self.program.outputs, *(port.value for item in self.sites for port in item.inputs)]
+        live = closure(
+            needed, self.analysis.made_by, lambda value: self.is_token(value) and value not in self.site_outputs
+        )
+        return [eqn for eqn in self.program.equations if eqn in live]
 
     def _stage(self, index: int, live: Sequence[Equation]) -> Stage:
         mine = [eqn for eqn in live if self.stage_of[eqn.outputs[0]] == index]

@@ -89,12 +89,13 @@ def trace(fn: Callable[..., Any], *args: Any, rows: int | None = None) -> Progra
     return Program(
         inputs=tuple(inputs),
         outputs=tuple(outputs),
-        equations=tuple(_live(flattener.equations, outputs)),
+        equations=tuple(live(flattener.equations, outputs)),
         constants=flattener.constants,
     )
 
 
-def _live(equations: Sequence[Equation], outputs: Sequence[Value]) -> list[Equation]:
+def live(equations: Sequence[Equation], outputs: Sequence[Value]) -> list[Equation]:
+    """The equations that the outputs need, in order."""
     needed, kept = set(outputs), []
     for eqn in reversed(equations):
         if not needed.isdisjoint(eqn.outputs):

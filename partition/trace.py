@@ -13,6 +13,7 @@ import numpy as np
 
 from partition.errors import TraceError
 from partition.evaluate import evaluate_tables, row_shape
+from partition.extras import split_extras
 from partition.forward import Forward
 from partition.jaxpr import Equation, Program, Value, trace
 from partition.rules import resized_params
@@ -94,7 +95,7 @@ def trace_at(forward: Forward, rows: int) -> Program:
     """The program of `rows` tokens; its inputs are the leaves of the parameters, tokens and positions."""
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), forward.params)
     tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
-    return trace(forward.fn, abstract, tokens, tokens, rows=rows)
+    return split_extras(trace(forward.fn, abstract, tokens, tokens, rows=rows), rows)
 
 
 def _counts(program: Program, rows: int, other: Program, other_rows: int) -> dict[Value, tuple[int, int]]:

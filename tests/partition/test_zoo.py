@@ -38,6 +38,14 @@ ACCEPTED = {
     "additive": (_model(attention.additive, extra={"score": (4,)}), 2, False),
     "relative values": (_model(attention.relative_values, extra={"table": (12, 4)}), 2, False),
     "sink logits": (_model(attention.sink_logits, extra={"sinks": (6,)}), 2, True),
+    "sink logits, concatenated": (_model(attention.sink_logits_concatenated, extra={"sinks": (6,)}), 2, True),
+    "sink keys": (_model(attention.sink_keys, extra={"sink_k": (3, 6, 4), "sink_v": (3, 6, 4)}), 2, False),
+    "sink keys, counted": (
+        _model(attention.sink_keys_counted, extra={"sink_k": (5, 2, 4), "sink_v": (5, 2, 4)}),
+        2,
+        False,
+    ),
+    "softmax off by one": (_model(attention.softmax_off_by_one), 2, False),
     "queries by lax.map": (_model(attention.by_rows), 2, True),
     "quantised per token": (SmallModel(mix=lambda x: jnp.round(x / jnp.abs(x).max(-1, keepdims=True) * 127)), 2, True),
     "differential": (_model(attention.differential), 2, False),
@@ -83,6 +91,14 @@ REFUSED = {
     "keys that all see": (attention.prefix_bidirectional, "not exactly causal"),
     "scores and their transpose": (attention.transposed_scores, "with their transpose"),
     "keys in another order": (lambda q, k, v, p: softmax_attention(q, k[:, ::-1], v, p), "'rev'"),
+    "a key cut off with the sink": (attention.sink_that_drops_the_last_key, "'concatenate'"),
+    "a token's key as sink": (attention.sink_from_a_token, "'slice'"),
+    "sinks among the queries": (attention.sinks_among_queries, "'concatenate'"),
+    "sink keys that see ahead": (attention.sink_keys_that_see_ahead, "not exactly causal"),
+    "keys of the token before": (
+        lambda q, k, v, p: softmax_attention(q, jnp.pad(k, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1], v, p),
+        "'pad'",
+    ),
     "values with what queries got": (attention.added_to_keys, "on the key side"),
 }
 

@@ -119,6 +119,49 @@ def sink_keys(q, k, v, positions, *, sink_k, sink_v):
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
 
 
+def sink_keys_counted(q, k, v, positions, *, sink_k, sink_v):
+    """The same with grouped heads, behind a mask that counts the learned keys too."""
+    count, (batch, rows, heads, dim), kv_heads = sink_k.shape[0], q.shape, k.shape[2]
+    k, v = (jnp.concatenate([s[None], x], axis=1) for s, x in ((sink_k, k), (sink_v, v)))
+    scores = jnp.einsum("btkgd,bskd->bkgts", q.reshape(batch, rows, kv_heads, -1, dim), k)
+    visible = jnp.tril(jnp.ones((rows, rows + count), bool), count)
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, rows, heads, dim)
+
+
+def softmax_off_by_one(q, k, v, positions):
+    """One more score of 0 that brings no value, written as padding in front."""
+    scores = jnp.where(_causal(q.shape[1]), _scores(q, k), -jnp.inf)
+    return _weigh(jax.nn.softmax(jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (1, 0))))[..., 1:], v)
+
+
+def sink_that_drops_the_last_key(q, k, v, positions):
+    """The sink's column stays, in the place of the first key, and the last key is cut off."""
+    scores = jnp.where(_causal(q.shape[1]), _scores(q, k), -jnp.inf)
+    column = jnp.zeros((*scores.shape[:3], 1))
+    return _weigh(jax.nn.softmax(jnp.concatenate([column, scores], -1))[..., :-1], v)
+
+
+def sink_from_a_token(q, k, v, positions):
+    """The first token's key and value once more."""
+    first = lambda x: x[0, :1].repeat(q.shape[2] // x.shape[2], axis=1)  # noqa: E731
+    return sink_keys(q, k, v, positions, sink_k=first(k), sink_v=first(v))
+
+
+def sinks_among_queries(q, k, v, positions):
+    """An extra query in front, so that a token gets what the one before it asked for."""
+    q = jnp.concatenate([jnp.ones_like(q, shape=(1, 1, *q.shape[2:])), q], axis=1)
+    scores = jnp.where(jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1]), _scores(q, k), -jnp.inf)
+    return _weigh(jax.nn.softmax(scores), v)[:, :-1]
+
+
+def sink_keys_that_see_ahead(q, k, v, positions):
+    """A mask that counts one learned key too many."""
+    k, v = (jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0))) for x in _repeated(q, k, v))
+    visible = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool), 2)
+    return _masked_softmax(_scores(q, k), v, visible)
+
+
 def differential(q, k, v, positions):
     """The difference of two softmaxes over halves of the heads' features."""
     half = q.shape[-1] // 2
