@@ -92,6 +92,11 @@ class AttentionTier:
         return sum(array.nbytes for array in jax.tree.leaves(self._pools))
 
     @property
+    def pool_pages(self) -> tuple[int, ...]:
+        """Pages of each pool that sequences may be in: one."""
+        return (self.num_pages,)
+
+    @property
     def num_sites(self) -> int:
         """Sites that it serves."""
         return len(self._kernels)

@@ -107,7 +107,10 @@ def _engine_flags(values: flags.FlagValues) -> None:
         "attention", "tier2", ["tier1", "tier2"], "Where KV cache and attention live.", flag_values=values
     )
     flags.DEFINE_list(
-        "workers", [], "HOST:PORT of a worker that serves tier 2; default: this process.", flag_values=values
+        "workers",
+        [],
+        "HOST:PORT of each worker that serves tier 2, with commas; default: this process.",
+        flag_values=values,
     )
     _secret_flag(values)
     flags.DEFINE_float("tier1_memory_gb", None, "Most memory to use on tier 1.", flag_values=values)

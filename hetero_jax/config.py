@@ -24,8 +24,8 @@ class EngineConfig:
     max_model_len: longest prompt + output in tokens; None: what the model and the pools allow.
     tier1: platform of the dense stages; None: JAX's default backend.
     attention: "tier2" keeps the KV pools and the attention on the CPU; "tier1" puts both on the accelerator.
-    workers: HOST:PORT of the worker that serves tier 2 in its own kv_cache_bytes; empty: this process does.
-    secret_file: holds the secret shared with the worker, 16 bytes or more; needed unless it is on loopback.
+    workers: HOST:PORT of the workers that serve tier 2 in their own kv_cache_bytes; empty: this process does.
+    secret_file: holds the secret shared with the workers, 16 bytes or more; needed unless all are on loopback.
     tier1_memory_gb: refuse a configuration that needs more than this on tier 1; None: no limit.
     seed: seed of sequences whose SamplingParams have none.
 
@@ -59,7 +59,7 @@ class EngineConfig:
         _check("max_model_len", self.max_model_len, (self.max_model_len or 16) >= 16, "at least 16")
         _check("tier1", self.tier1, self.tier1 in (None, "cpu", "gpu"), "cpu or gpu")
         _check("attention", self.attention, self.attention in ("tier1", "tier2"), "tier1 or tier2")
-        _check("workers", self.workers, len(self.workers) < 2, "one HOST:PORT; several are not served yet")
+        _check("workers", self.workers, len(set(self.workers)) == len(self.workers), "each worker once")
         away = not self.workers or self.attention == "tier2"
         _check("attention", self.attention, away, "tier2, as there are workers")
         known = self.secret_file is None or bool(self.workers)

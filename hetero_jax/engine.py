@@ -107,6 +107,7 @@ class Engine:
         self._scheduler = Scheduler(
             SchedulerConfig(
                 num_pages=self._attention.num_pages,
+                pool_pages=self._attention.pool_pages,
                 page_size=self.config.page_size,
                 max_num_batched_tokens=self.config.max_num_batched_tokens,
                 max_num_seqs=self.config.max_num_seqs,
@@ -313,7 +314,7 @@ def _attention_tier(
     return RemoteTier(
         plan.sites,
         dense.prepared,
-        address=config.workers[0],
+        workers=config.workers,
         secret=read_secret(config.secret_file),
         max_pages=config.max_num_seqs * pages_for(max_model_len, config.page_size),
         **shape,

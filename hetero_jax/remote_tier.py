@@ -1,8 +1,9 @@
-"""Tier 2 on another machine: the interface of `AttentionTier` over a connection to a worker."""
+"""Tier 2 on other machines: the interface of `AttentionTier` over connections to workers."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from hetero_jax.described_site import describe, fingerprint
 from hetero_jax.devices import start_copy
 from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
+from hetero_jax.rows import select
 from partition import PlannedSite, Value
 from transport import Hello, Result, TransportError, WorkerClient, connect
 
@@ -36,20 +38,37 @@ class PendingRows:
         return self
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """A worker's part of a call. rows: [n] of the call; layout: of a call of these alone, padded, as arrays by name."""
+
+    rows: np.ndarray
+    layout: Mapping[str, np.ndarray]
+
+    def take(self, array: np.ndarray) -> np.ndarray:
+        """Its rows of an array [R, ...], padded to those of the layout."""
+        taken = np.zeros((len(self.layout["row_slot"]), *array.shape[1:]), array.dtype)
+        taken[: len(self.rows)] = array[self.rows]
+        return taken
+
+
 class RemoteTier:
-    """Serves `attend` by a worker; rows travel in their own dtype.
+    """Serves `attend` by workers; rows travel in their own dtype.
+
+    A sequence's pages are on one worker. Pages are numbered one worker after another; `pool_pages` is how many each
+    grants, `num_pages` all of them. A call's rows go to all workers at once and come together in their order.
 
     Args:
       sites: of the plan.
       weights: arrays of the weights that sites read.
-      address: HOST:PORT of the worker.
-      secret: shared with it; None for loopback.
-      max_pages: pages that can be used at most; `num_pages` is what the worker grants.
+      workers: HOST:PORT of each.
+      secret: shared with all; None for loopback.
+      max_pages: pages that can be used at most of one worker.
       page_size, dtype: of the pools.
       device: of this process, where rows are before they leave and when they are back.
     Raises:
       ConfigError: a site that workers do not serve.
-      WorkerError: the worker is not there, or refuses.
+      WorkerError: a worker is not there, or refuses.
     """
 
     def __init__(
@@ -57,14 +76,15 @@ class RemoteTier:
         sites: Sequence[PlannedSite],
         weights: Mapping[Value, jax.Array],
         *,
-        address: str,
+        workers: Sequence[str],
         secret: bytes | None,
         max_pages: int,
         page_size: int,
         dtype: Any,
         device: Any,
     ) -> None:
-        self.device, self.place = device, f"worker {address}"
+        self.device, self.place = device, f"worker {', '.join(workers)}"
+        self._page_size = page_size
         self._out_shapes = [(site.spec.num_heads, site.spec.v_head_dim) for site in sites if site.spec is not None]
         descriptions = describe(sites, weights, page_size=page_size, dtype=dtype)
         hello = Hello(
@@ -73,39 +93,79 @@ class RemoteTier:
             page_budget=max_pages,
             sites=descriptions,
         )
+        self._workers = [_Worker(address, hello, secret) for address in workers]
+        self.pool_pages = tuple(worker.num_pages for worker in self._workers)
+        self.num_pages = sum(self.pool_pages)
+        self.pool_bytes = sum(worker.pool_bytes for worker in self._workers)
+
+    def place_layout(self, layout: AttentionLayout) -> list[Share]:
+        """Each worker's part of the call, in their order."""
+        firsts = itertools.accumulate(self.pool_pages, initial=0)
+        parts = (
+            select(layout, first_page=first, num_pages=count, page_size=self._page_size)
+            for first, count in zip(firsts, self.pool_pages, strict=False)
+        )
+        return [Share(rows=rows, layout=_by_name(part)) for rows, part in parts]
+
+    def begin(self, arrays: tuple[jax.Array, ...]) -> None:
+        """Start to bring what travels to the host."""
+        start_copy(arrays, self.device)
+
+    def attend(self, site: int, layouts: Sequence[Share], inputs: Sequence[jax.Array]) -> PendingRows:
+        """Send q, k and v of the rows on their way; `fetch` waits for the answers."""
+        arrays = [np.asarray(array) for array in inputs]
+        shape, dtype = (len(arrays[0]), *self._out_shapes[site]), arrays[0].dtype
+        calls = [
+            (share.rows, worker.attend(site, share.layout, [share.take(array) for array in arrays], shape[1:]))
+            for worker, share in zip(self._workers, layouts, strict=True)
+            if len(share.rows)
+        ]
+        return PendingRows(lambda: _together(calls, shape, dtype))
+
+    def fetch(self, pending: PendingRows) -> tuple[jax.Array, ...]:
+        """[R, heads, v_head_dim] on this tier's device."""
+        return (jax.device_put(pending.rows(), self.device),)
+
+
+def _by_name(layout: AttentionLayout) -> dict[str, np.ndarray]:
+    return {field.name: getattr(layout, field.name) for field in dataclasses.fields(layout)}
+
+
+def _together(
+    calls: Sequence[tuple[np.ndarray, Callable[[], np.ndarray]]], shape: tuple[int, ...], dtype: Any
+) -> np.ndarray:
+    out = np.zeros(shape, dtype)  # rows of no sequence are 0
+    for rows, answer in calls:
+        out[rows] = answer()[: len(rows)]
+    return out
+
+
+class _Worker:
+    """A connection whose errors name the worker."""
+
+    def __init__(self, address: str, hello: Hello, secret: bytes | None) -> None:
+        self._address = address
         host, port = split_address(address)
         self._client: WorkerClient = self._guard(lambda: connect(host, port, hello, secret=secret))
         weakref.finalize(self, self._client.close)  # its threads would keep it for ever
         self.num_pages = self._client.welcome.page_budget
         self.pool_bytes = cast("int", self._guard(lambda: self._client.stats().result()).values["pool_bytes"])
 
-    def place_layout(self, layout: AttentionLayout) -> Mapping[str, np.ndarray]:
-        """What each Attend carries of the layout."""
-        return {field.name: getattr(layout, field.name) for field in dataclasses.fields(layout)}
-
-    def begin(self, arrays: tuple[jax.Array, ...]) -> None:
-        """Start to bring what travels to the host."""
-        start_copy(arrays, self.device)
-
-    def attend(self, site: int, layouts: Mapping[str, np.ndarray], inputs: Sequence[jax.Array]) -> PendingRows:
-        """Send q, k and v of the rows on their way; `fetch` waits for the answer."""
-        q, k, v = (np.asarray(array) for array in inputs)
-        future = self._guard(lambda: self._client.attend(site=site, layout=layouts, q=q, k=k, v=v))
-        shape = (len(q), *self._out_shapes[site])
-        return PendingRows(lambda: self._rows(future, shape, q.dtype))
-
-    def fetch(self, pending: PendingRows) -> tuple[jax.Array, ...]:
-        """[R, heads, v_head_dim] on this tier's device."""
-        return (jax.device_put(pending.rows(), self.device),)
+    def attend(
+        self, site: int, layout: Mapping[str, np.ndarray], inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]
+    ) -> Callable[[], np.ndarray]:
+        q, k, v = inputs
+        future = self._guard(lambda: self._client.attend(site=site, layout=layout, q=q, k=k, v=v))
+        return lambda: self._rows(future, (len(q), *row_shape), q.dtype)
 
     def _rows(self, future: Future[Result], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         out = self._guard(lambda: future.result().out)
         if out.shape != shape or out.dtype != dtype:
-            raise WorkerError(f"{self.place} answered {out.dtype}{out.shape}; allowed: {dtype}{shape}")
+            raise WorkerError(f"worker {self._address} answered {out.dtype}{out.shape}; allowed: {dtype}{shape}")
         return out
 
     def _guard(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except TransportError as error:
-            raise WorkerError(f"{self.place}: {error}") from error
+            raise WorkerError(f"worker {self._address}: {error}") from error

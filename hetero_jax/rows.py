@@ -79,26 +79,50 @@ def _layout(chunks: Sequence[Chunk], starts: np.ndarray, slots: np.ndarray) -> A
         page_table[index, : len(chunk.pages)] = chunk.pages
         first_row[index], num_rows[index] = starts[index], chunk.length
         context[index] = chunk.start + chunk.length
-    decode = [index for index, chunk in enumerate(chunks) if chunk.length == 1]
-    tiles = [
-        (index, offset)
-        for index, chunk in enumerate(chunks)
-        if chunk.length > 1
-        for offset in range(0, chunk.length, TILE_ROWS)
-    ]
+    return _with_tiles(page_table, first_row, num_rows, context, slots)
+
+
+def select(
+    layout: AttentionLayout, *, first_page: int, num_pages: int, page_size: int
+) -> tuple[np.ndarray, AttentionLayout]:
+    """The sequences whose pages are [first_page, first_page + num_pages): their rows, and a layout of these alone.
+
+    Returns:
+      [n] rows of the call, and the layout of a call of bucket(n) rows, pages numbered from 0.
+    """
+    owned = (layout.page_table[:, 0] >= first_page) & (layout.page_table[:, 0] < first_page + num_pages)
+    chosen = np.flatnonzero((layout.num_rows > 0) & owned)
+    count = bucket(len(chosen) + 1, 8)
+    page_table = np.zeros((count, layout.page_table.shape[1]), np.int32)
+    first_row, num_rows, context = (np.zeros(count, np.int32) for _ in range(3))
+    here = slice(0, len(chosen))
+    page_table[here] = np.maximum(layout.page_table[chosen] - first_page, 0)  # padding is page 0
+    num_rows[here], context[here] = layout.num_rows[chosen], layout.context[chosen]
+    first_row[here] = np.cumsum(num_rows[here]) - num_rows[here]
+    rows = np.concatenate([np.arange(0), *(layout.first_row[i] + np.arange(layout.num_rows[i]) for i in chosen)])
+    slots = np.full(bucket(len(rows), _SMALLEST_BUCKET), num_pages * page_size, np.int32)
+    slots[: len(rows)] = layout.row_slot[rows] - first_page * page_size
+    return rows, _with_tiles(page_table, first_row, num_rows, context, slots)
+
+
+def _with_tiles(
+    page_table: np.ndarray, first_row: np.ndarray, num_rows: np.ndarray, context: np.ndarray, slots: np.ndarray
+) -> AttentionLayout:
+    several = np.flatnonzero(num_rows > 1).tolist()
+    tiles = [(index, offset) for index in several for offset in range(0, num_rows[index], TILE_ROWS)]
     return AttentionLayout(
         page_table=page_table,
         first_row=first_row,
         num_rows=num_rows,
         context=context,
         row_slot=slots,
-        decode=_padded(decode, count - 1),
-        tile_sequence=_padded([index for index, _ in tiles], count - 1),
+        decode=_padded(np.flatnonzero(num_rows == 1), len(num_rows) - 1),
+        tile_sequence=_padded([index for index, _ in tiles], len(num_rows) - 1),
         tile_offset=_padded([offset for _, offset in tiles], 0),
     )
 
 
-def _padded(values: Sequence[int], filler: int) -> np.ndarray:
+def _padded(values: Sequence[int] | np.ndarray, filler: int) -> np.ndarray:
     found = np.full(bucket(len(values)), filler, np.int32)
     found[: len(values)] = values
     return found

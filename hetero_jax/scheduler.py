@@ -19,12 +19,15 @@ The rules, in the order in which `schedule()` applies them:
 4. Nobody is admitted while a running sequence lacks a page, nor when the pages left would not let every running
    sequence finish its prompt and open one more page.
 
+There may be several pools, one of each worker, their pages numbered one after another. A sequence lives in one of them,
+chosen when it is admitted: the one with most pages left. Rules 3 and 4 then hold within its pool.
+
 Where every site has a sliding window, pages that no later row sees are free as soon as their microbatch is back, so a
 sequence never holds more than its window and one chunk.
 
-Nothing deadlocks: with no microbatch in flight the oldest sequence can take the pages of all others, and `add` made
-sure that the pool holds it. Nothing starves: while a sequence lacks pages nobody is admitted, so those who hold them
-come to their end.
+Nothing deadlocks: with no microbatch in flight the oldest sequence of a pool can take the pages of all others there,
+and `add` made sure that a pool holds it. Nothing starves: while a sequence lacks pages nobody is admitted, so those who
+hold them come to their end.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from hetero_jax.errors import CapacityError, ConfigError, RequestError
 from hetero_jax.pages import PageAllocator, pages_for
@@ -48,12 +52,20 @@ class SchedulerConfig:
     max_num_seqs: int  # running sequences over all microbatches
     num_microbatches: int  # most microbatches in flight
     max_model_len: int  # most KV positions of one sequence
+    pool_pages: tuple[int, ...] = ()  # pages of each pool, num_pages in all; empty: one pool
     window: int | None = None  # a row sees its own position and window - 1 before it; None: all
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value < 1:
+            if value is not None and name != "pool_pages" and value < 1:
                 raise ConfigError(f"{name}={value}; allowed: >= 1")
+        if self.pool_pages and (min(self.pool_pages) < 1 or sum(self.pool_pages) != self.num_pages):
+            raise ConfigError(f"pool_pages={self.pool_pages}; allowed: >= 1 each and {self.num_pages} in all")
+
+    @property
+    def pools(self) -> tuple[int, ...]:
+        """Pages of each pool."""
+        return self.pool_pages or (self.num_pages,)
 
     def most_pages(self, num_positions: int) -> int:
         """Pages that a sequence holds at most at once on its way to so many positions."""
@@ -88,11 +100,24 @@ class Batch:
 
 
 @dataclass(slots=True, eq=False)
+class _Pool:
+    pages: PageAllocator
+    num_running: int = 0
+    promised: int = 0  # sum over its running sequences
+
+    @property
+    def room(self) -> int:
+        """Pages for another sequence: each running one may open one more before a preemption."""
+        return self.pages.num_free - self.promised - max(self.num_running, self.pages.num_pages // 100)
+
+
+@dataclass(slots=True, eq=False)
 class _Sequence:
     seq_id: int
     arrival: int  # order of add(); the smaller, the stronger the claim on pages
     known: int  # prompt + generated tokens
     max_known: int
+    pool: _Pool  # of its pages, while it runs
     computed: int = 0  # positions whose KV is written
     pages: tuple[int, ...] = ()
     num_freed: int = 0  # first entries of `pages` that are behind the window and no longer its own
@@ -120,7 +145,8 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.num_preemptions = 0
-        self._pool = PageAllocator(config.num_pages)
+        firsts = accumulate(config.pools, initial=0)
+        self._pools = [_Pool(PageAllocator(count, first)) for count, first in zip(config.pools, firsts, strict=False)]
         self._sequences: dict[int, _Sequence] = {}  # all unfinished ones
         self._waiting: OrderedDict[int, _Sequence] = OrderedDict()  # never run yet, in order of arrival
         self._preempted: list[_Sequence] = []  # sorted by arrival; all of them arrived before all of _waiting
@@ -128,7 +154,6 @@ class Scheduler:
         self._prefill_ready: dict[int, _Sequence] = {}
         self._in_flight: dict[int, Batch] = {}
         self._num_running = 0
-        self._promised = 0  # sum over the running sequences
         self._num_added = 0
         self._num_batches = 0
 
@@ -142,11 +167,11 @@ class Scheduler:
 
     @property
     def pages_used(self) -> int:
-        return self._pool.num_used
+        return sum(pool.pages.num_used for pool in self._pools)
 
     @property
     def pages_total(self) -> int:
-        return self._pool.num_pages
+        return self.config.num_pages
 
     @property
     def has_unfinished(self) -> bool:
@@ -169,9 +194,9 @@ class Scheduler:
         if positions > config.max_model_len:
             raise CapacityError(f"{wanted}; allowed: <= {config.max_model_len} (max_model_len)")
         most = config.most_pages(positions)
-        if most > config.num_pages:
+        if most > max(config.pools):
             raise CapacityError(
-                f"{wanted}, {most} pages of {config.page_size} at once; allowed: <= {config.num_pages} pages "
+                f"{wanted}, {most} pages of {config.page_size} at once; allowed: <= {max(config.pools)} pages "
                 "(the whole pool)"
             )
 
@@ -179,7 +204,7 @@ class Scheduler:
         """Puts a sequence at the end of the waiting queue. Raises what `check` raises."""
         assert seq_id not in self._sequences, f"sequence {seq_id} is already scheduled"
         self.check(num_prompt_tokens, max_tokens)
-        seq = _Sequence(seq_id, self._num_added, num_prompt_tokens, num_prompt_tokens + max_tokens)
+        seq = _Sequence(seq_id, self._num_added, num_prompt_tokens, num_prompt_tokens + max_tokens, self._pools[0])
         self._num_added += 1
         self._sequences[seq_id] = self._waiting[seq_id] = seq
 
@@ -259,14 +284,16 @@ class Scheduler:
                 return
             seq = self._preempted[0] if self._preempted else next(iter(self._waiting.values()))
             needed = self.config.most_pages(seq.known)
-            if self._num_running and needed > self._pool.num_free - self._promised - self._watermark():
+            pool = self._pool_for(seq, needed)
+            if pool is None:
                 return
             if self._preempted:
                 del self._preempted[0]
             else:
                 del self._waiting[seq.seq_id]
-            seq.promised = needed
-            self._promised += needed
+            seq.pool, seq.promised = pool, needed
+            pool.promised += needed
+            pool.num_running += 1
             self._num_running += 1
             self._make_ready(seq)
             self._take(seq, draft)
@@ -285,9 +312,12 @@ class Scheduler:
         population = min(self._num_running + self.num_waiting, self.config.max_num_seqs)
         return draft.rows_left == 0 or len(draft.chunks) >= self._share(population, draft)
 
-    def _watermark(self) -> int:
-        """Pages to leave free at an admission: each running sequence may open one more before a preemption."""
-        return max(self._num_running, self.config.num_pages // 100)
+    def _pool_for(self, seq: _Sequence, needed: int) -> _Pool | None:
+        """The pool with most room of those that hold the whole sequence and let it start now; None where none does."""
+        most = self.config.most_pages(seq.max_known - 1)
+        fitting = [pool for pool in self._pools if pool.pages.num_pages >= most]
+        open_now = [pool for pool in fitting if pool.num_running == 0 or needed <= pool.room]
+        return max(open_now, key=lambda pool: pool.room, default=None)
 
     def _take(self, seq: _Sequence, draft: _Draft) -> None:
         """Moves a ready sequence into the draft, or leaves it where it is for want of pages."""
@@ -304,29 +334,32 @@ class Scheduler:
         missing = pages_for(num_positions, self.config.page_size) - len(seq.pages)
         if missing <= 0:
             return True
-        pages = self._pool.allocate(missing)
+        pages = seq.pool.pages.allocate(missing)
         if pages is None:
             draft.short_of_pages = True
             if not self._preempt_for(seq, missing):
                 return False
-            pages = self._pool.allocate(missing)
+            pages = seq.pool.pages.allocate(missing)
             assert pages is not None
         kept = min(missing, seq.promised)
         seq.promised -= kept
-        self._promised -= kept
+        seq.pool.promised -= kept
         seq.pages += tuple(pages)
         return True
 
     def _preempt_for(self, seq: _Sequence, num_pages: int) -> bool:
-        """Preempts idle sequences younger than `seq`, youngest first, until `num_pages` are free.
+        """Preempts idle sequences of its pool younger than `seq`, youngest first, until `num_pages` are free.
 
         False, and nothing is preempted, where all of them together do not hold enough.
         """
         idle = (*self._decode_ready.values(), *self._prefill_ready.values())
-        younger = sorted((other for other in idle if other.arrival > seq.arrival), key=_arrival)
-        if self._pool.num_free + sum(len(other.held) for other in younger) < num_pages:
+        younger = sorted(
+            (other for other in idle if other.pool is seq.pool and other.arrival > seq.arrival), key=_arrival
+        )
+        free = seq.pool.pages
+        if free.num_free + sum(len(other.held) for other in younger) < num_pages:
             return False
-        while self._pool.num_free < num_pages:
+        while free.num_free < num_pages:
             victim = younger.pop()
             self._unready(victim)
             self._release(victim)
@@ -343,14 +376,14 @@ class Scheduler:
         if unseen <= seq.num_freed:
             return
         behind = seq.pages[seq.num_freed : unseen]
-        self._pool.free(behind)
+        seq.pool.pages.free(behind)
         seq.pages = (seq.pages[-1],) * unseen + seq.pages[unseen:]
         seq.num_freed = unseen
         if seq.known - seq.computed > 1:  # the rest of the prompt will want them again
             owed = pages_for(seq.known, self.config.page_size) - len(seq.pages)
             again = min(len(behind), owed - seq.promised)
             seq.promised += again
-            self._promised += again
+            seq.pool.promised += again
 
     # --- the states of a running sequence
 
@@ -365,8 +398,9 @@ class Scheduler:
 
     def _release(self, seq: _Sequence) -> None:
         """Ends the residency of a running sequence: no pages, nothing computed."""
-        self._pool.free(seq.held)
-        self._promised -= seq.promised
+        seq.pool.pages.free(seq.held)
+        seq.pool.promised -= seq.promised
+        seq.pool.num_running -= 1
         self._num_running -= 1
         seq.pages, seq.num_freed, seq.promised, seq.computed = (), 0, 0, 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
@@ -14,10 +15,10 @@ from hetero_jax.errors import CapacityError, ConfigError, RequestError
 from hetero_jax.scheduler import Batch, Chunk, Scheduler, SchedulerConfig
 
 
-def _config(window: int | None = None, **changes: int) -> SchedulerConfig:
+def _config(window: int | None = None, pool_pages: tuple[int, ...] = (), **changes: int) -> SchedulerConfig:
     limits = {"num_pages": 1000, "page_size": 16, "max_model_len": 4096}
     load = {"max_num_batched_tokens": 512, "max_num_seqs": 256, "num_microbatches": 2}
-    return SchedulerConfig(window=window, **(limits | load | changes))
+    return SchedulerConfig(window=window, pool_pages=pool_pages, **(limits | load | changes))
 
 
 @dataclass
@@ -75,6 +76,7 @@ class _Executor:
             assert len(chunk.pages) == -(-(chunk.start + chunk.length) // self.config.page_size)
             table = self.tables.get(chunk.seq_id, ())
             assert all(0 <= page < self.config.num_pages for page in chunk.pages)
+            assert len({self._pool_of(page) for page in chunk.pages}) == 1  # one worker has the whole sequence
             seen = self._first_seen(chunk)
             if chunk.start:
                 assert chunk.pages[seen : len(table)] == table[seen:]  # what is written stays where it is
@@ -89,6 +91,9 @@ class _Executor:
         assert len(flying) <= self.scheduler.pages_used <= self.config.num_pages
         assert self.scheduler.num_running <= self.config.max_num_seqs
         return batch
+
+    def _pool_of(self, page: int) -> int:
+        return sum(page >= end for end in accumulate(self.config.pools))
 
     def _first_seen(self, chunk: Chunk) -> int:
         """The first page that a row of the chunk sees."""
@@ -125,9 +130,10 @@ class _Executor:
 @st.composite
 def _jobs(draw: st.DrawFn) -> tuple[SchedulerConfig, list[tuple[int, int, int]]]:
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
-    num_pages = draw(st.integers(1, 12))
+    pools = tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)))
     config = _config(
-        num_pages=num_pages,
+        num_pages=sum(pools),
+        pool_pages=pools,
         page_size=page_size,
         max_num_batched_tokens=draw(st.integers(1, 40)),
         max_num_seqs=draw(st.integers(1, 8)),
@@ -135,7 +141,7 @@ def _jobs(draw: st.DrawFn) -> tuple[SchedulerConfig, list[tuple[int, int, int]]]
         max_model_len=64,
         window=draw(st.one_of(st.none(), st.integers(1, 64))),
     )
-    fitting = (n for n in range(config.max_model_len, 0, -1) if config.most_pages(n) <= num_pages)
+    fitting = (n for n in range(config.max_model_len, 0, -1) if config.most_pages(n) <= max(pools))
     limit = next(fitting)
     jobs: list[tuple[int, int, int]] = []
     for _ in range(draw(st.integers(0, 12))):
@@ -377,3 +383,22 @@ def test_cost_of_a_step_does_not_grow_with_the_queue() -> None:
 
     few = min(seconds_per_step(300) for _ in range(3))
     assert seconds_per_step(200_000) < 5 * few + 1e-4
+
+
+def test_sequences_spread_over_pools_by_the_pages_left() -> None:
+    executor = _Executor(_config(num_pages=30, pool_pages=(10, 20), page_size=1, num_microbatches=1))
+    for seq_id in range(6):
+        executor.add(seq_id, 2, 1)
+    batch = executor.launch()
+    assert batch is not None
+    pools = [executor._pool_of(chunk.pages[0]) for chunk in batch.chunks]
+    assert sorted(pools) == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_sequence_must_fit_one_pool() -> None:
+    scheduler = Scheduler(_config(num_pages=30, pool_pages=(10, 20), page_size=1))
+    scheduler.check(20, 1)
+    with pytest.raises(CapacityError, match="allowed: <= 20 pages"):
+        scheduler.check(21, 1)
+    with pytest.raises(ConfigError, match="pool_pages"):
+        _config(num_pages=30, pool_pages=(10, 10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import jax
@@ -26,12 +27,17 @@ def secret_file(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("authenticated", [False, True], ids=["plain", "authenticated"])
-def test_golden_tokens_of_a_worker_in_a_process_of_its_own(smollm2_gguf, secret_file, authenticated):
+@pytest.mark.parametrize(("memories", "authenticated"), [([24], False), ([24], True), ([8, 16], True)])
+def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret_file, memories, authenticated):
     secret = secret_file if authenticated else None
     flags = [f"--secret_file={secret}"] if authenticated else []
-    with worker_process("--kv_cache_bytes=24M", *flags) as (address, _):
-        config = hj.EngineConfig(workers=(address,), secret_file=secret, max_num_batched_tokens=64, max_model_len=256)
+    with contextlib.ExitStack() as workers:
+        addresses = [
+            workers.enter_context(worker_process(f"--kv_cache_bytes={memory}M", *flags))[0] for memory in memories
+        ]
+        config = hj.EngineConfig(
+            workers=tuple(addresses), secret_file=secret, max_num_batched_tokens=64, max_model_len=128
+        )
         engine = hj.Engine(hj.load(str(smollm2_gguf)), config)
         short = [row for row in golden_rows() if len(row["prompt_ids"]) < 60][:12]
         rows = {row["id"]: {**row, "greedy_ids": row["greedy_ids"][:16]} for row in short}
@@ -47,7 +53,8 @@ def test_golden_tokens_of_a_worker_in_a_process_of_its_own(smollm2_gguf, secret_
     assert len(rows) == 12
     assert tokens.keys() == rows.keys()
     assert all(first_difference(rows[row_id], found) is None for row_id, found in tokens.items())
-    assert engine.stats.pages_total == (24 << 20) // (30 * 2 * 3 * 64 * 16 * 4)  # the worker's memory counts
+    page_bytes = 30 * 2 * 3 * 64 * 16 * 4  # sites, keys and values, KV heads, dimensions, tokens, f32
+    assert engine.stats.pages_total == sum((memory << 20) // page_bytes for memory in memories)
 
 
 def _greedy(model: SmallModel, params, prompt, count: int) -> list[int]:
