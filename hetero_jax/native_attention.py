@@ -149,7 +149,6 @@ def paged_attention(
     layout: AttentionLayout,
     site: AttentionSpec,
     *,
-    alibi_slopes: Any = None,
     sinks: Any = None,
     isa: str = "",
     threads: int = 0,
@@ -159,7 +158,6 @@ def paged_attention(
     Args:
       pool: donate it, so that it is updated in place.
       q, k, v, layout, site: as in the jax.numpy form; q may differ in dtype from k and v, and both from the pool.
-      alibi_slopes: [num_heads]; slope * (key position - row position) is added to a score. None: those of the site.
       sinks: [num_heads] a score of each head that takes part in the sum and brings no value. None: none does.
       isa: one of `usable_isas()`; "": $HETERO_JAX_ISA, and without that the best.
       threads: at most so many; 0: as many as XLA has.
@@ -169,7 +167,7 @@ def paged_attention(
       RuntimeError: the native library is not there; `refusal` tells beforehand.
     """
     new_pool, out, _ = paged_attention_with_lse(
-        pool, q, k, v, layout, site, alibi_slopes=alibi_slopes, sinks=sinks, isa=isa, threads=threads, with_lse=False
+        pool, q, k, v, layout, site, sinks=sinks, isa=isa, threads=threads, with_lse=False
     )
     return new_pool, out
 
@@ -182,7 +180,6 @@ def paged_attention_with_lse(
     layout: AttentionLayout,
     site: AttentionSpec,
     *,
-    alibi_slopes: Any = None,
     sinks: Any = None,
     isa: str = "",
     threads: int = 0,
@@ -204,8 +201,7 @@ def paged_attention_with_lse(
     )
     call = jax.ffi.ffi_call(_TARGET, results, input_output_aliases={i: i for i in range(len(held))})
     tables = (layout.page_table, layout.first_row, layout.num_rows, layout.context, layout.row_slot)
-    slopes = site.alibi_slopes if alibi_slopes is None else alibi_slopes
-    extras = (_per_head("alibi_slopes", slopes, site), _per_head("sinks", sinks, site))
+    extras = (_per_head("alibi_slopes", site.alibi_slopes, site), _per_head("sinks", sinks, site))
     *held, out, lse = call(
         *held,
         *(q, k, v),

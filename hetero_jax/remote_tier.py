@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 import weakref
@@ -30,7 +31,7 @@ class PendingRows:
 
     def __init__(self, rows: Callable[[], np.ndarray]) -> None:
         """rows: waits for [R, heads, v_head_dim]; raises WorkerError where the worker failed."""
-        self.rows = rows
+        self.rows = functools.cache(rows)
 
     def block_until_ready(self) -> PendingRows:
         """What `jax.block_until_ready` asks for."""

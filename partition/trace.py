@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,30 +122,19 @@ def depends_on_count(eqn: Equation) -> TraceError:
     )
 
 
-def check_any_rows(traced: Traced) -> None:
-    """Prove that the program at any number of rows is the traced one resized, by the other number that was traced.
-
-    Raises:
-      TraceError: what the model computes depends on the number of tokens itself.
-    """
-    _check_resized(traced)
-
-
 def _unlike_dimensions(params: Any, max_rows: int) -> tuple[int, int]:
-    """Two primes that divide no dimension of a weight, so that an axis of such a size must count tokens."""
-    taken = {dimension for leaf in jax.tree.leaves(params) for dimension in leaf.shape}
-    limit = min(max_rows, _LARGEST_TRACE_ROWS)
-    candidates = (p for p in range(limit, 6, -1) if _is_prime(p) and all(size % p for size in taken))
+    """Two numbers of tokens to trace at."""
+    candidates = rows_unlike_dimensions(params, range(min(max_rows, _LARGEST_TRACE_ROWS), 6, -1))
     first, second = next(candidates, None), next(candidates, None)
     if first is None or second is None:
         raise TraceError(f"max_model_len {max_rows} is too short to trace the model; at least 16 is needed")
     return first, second
 
 
-def rows_unlike_dimensions(params: Any, at_least: int) -> Iterator[int]:
-    """Primes from `at_least` on that divide no dimension of a weight."""
+def rows_unlike_dimensions(params: Any, candidates: Iterable[int]) -> Iterator[int]:
+    """The primes that divide no dimension of a weight, so that an axis of such a size must count tokens."""
     taken = {dimension for leaf in jax.tree.leaves(params) for dimension in leaf.shape}
-    return (p for p in itertools.count(max(at_least, 7)) if _is_prime(p) and all(size % p for size in taken))
+    return (p for p in candidates if _is_prime(p) and all(size % p for size in taken))
 
 
 def _is_prime(number: int) -> bool:
@@ -159,7 +147,12 @@ def _check_output(program: Program, rows: int) -> None:
         raise TraceError(f"the model must return logits [1, T, vocab]; for T={rows} it returned {shapes or 'nothing'}")
 
 
-def _check_resized(traced: Traced) -> None:
+def check_any_rows(traced: Traced) -> None:
+    """Prove that the program at any number of rows is the traced one resized, by the other number that was traced.
+
+    Raises:
+      TraceError: what the model computes depends on the number of tokens itself.
+    """
     small, rows, large, other = traced.program, traced.rows, traced.other_program, traced.other_rows
     if len(small.equations) != len(large.equations):
         raise TraceError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ class _Plain:
         # The model is causal, so tokens behind the others change nothing.
         count, program = next(
             (count, program)
-            for count in rows_unlike_dimensions(params, len(ids))
+            for count in rows_unlike_dimensions(params, itertools.count(max(len(ids), 7)))
             if len((program := trace_at(plan.forward, count)).equations) == len(traced.equations)
         )
         padded = jnp.asarray(np.pad(ids, (0, count - len(ids))))[None]

@@ -107,15 +107,15 @@ class PagedCase:
         spans = [slice(first, first + new) for first, new in zip(layout.first_row, layout.num_rows, strict=True)][:-1]
         return [out[span] for span in spans], out[out.shape[0] - self.padding :], [lse[span] for span in spans]
 
-    def expected(self, *, slopes: Any = None, sinks: Any = None, round_kv: Any = None) -> list[np.ndarray]:
+    def expected(self, *, sinks: Any = None, round_kv: Any = None) -> list[np.ndarray]:
         """The definition in float64, per sequence: [new, heads, v_dim]."""
-        return [self._expected(index, slopes, sinks, round_kv)[0] for index in range(len(self.sequences))]
+        return [self._expected(index, sinks, round_kv)[0] for index in range(len(self.sequences))]
 
     def expected_lse(self) -> list[np.ndarray]:
         """[new, heads] per sequence in float64."""
-        return [self._expected(index, None, None, None)[1] for index in range(len(self.sequences))]
+        return [self._expected(index, None, None)[1] for index in range(len(self.sequences))]
 
-    def _expected(self, index: int, slopes: Any, sinks: Any, round_kv: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _expected(self, index: int, sinks: Any, round_kv: Any) -> tuple[np.ndarray, np.ndarray]:
         spec, (old, new) = self.spec, self.sequences[index]
         held = round_kv or (lambda rows: rows)
         group = spec.num_heads // spec.num_kv_heads
@@ -126,8 +126,8 @@ class PagedCase:
         if spec.softcap is not None:
             scores = spec.softcap * np.tanh(scores / spec.softcap)
         distance = np.arange(old, old + new)[:, None] - np.arange(old + new)[None, :]
-        if slopes is not None:
-            scores = scores - np.asarray(slopes)[:, None, None] * distance
+        if spec.alibi_slopes is not None:
+            scores = scores - np.asarray(spec.alibi_slopes)[:, None, None] * distance
         visible = (distance >= 0) & (distance < (spec.window or np.inf))
         scores = np.where(visible, scores, -np.inf)
         if sinks is not None:
