@@ -174,9 +174,14 @@ class _Interpreter:
         for index, facts in enumerate(operands):
             # What is made by position keeps its rank, so an axis of an operand is that of the output.
             if any(facts.labels[axis] is not Axis.PLAIN for axis in axes.mixed_axes(index) - counted):
-                is_choice = self.dispatch.is_choice(eqn.inputs[index])
-                hint = "; experts of limited capacity let tokens compete" if is_choice else ""
-                raise _mixes(eqn, "moves, drops or combines rows along the token axis" + hint)
+                raise _mixes(eqn, "moves, drops or combines rows along the token axis" + self._hint(eqn.inputs[index]))
+
+    def _hint(self, value: Value) -> str:
+        if self.dispatch.is_choice(value):
+            return "; experts of limited capacity let tokens compete"
+        if all(size % self.rows for each in self.traced.program.outputs for size in each.shape):
+            return "; logits of one token must be made of the last row alone"
+        return ""
 
     def _refuse_new_rows(self, eqn: Equation, axes: AxisMap, counted: frozenset[int]) -> None:
         """An axis over the tokens comes from one of an operand, from positions, or from repeating a value."""

@@ -13,7 +13,7 @@ from flax import linen, nnx
 
 from partition.errors import TraceError
 
-# fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab]
+# fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab], or of the last token [1, vocab]
 CausalFunction = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 _ALLOWED = (
@@ -24,7 +24,7 @@ _ALLOWED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """fn(params, tokens [1, T] int32, positions [1, T] int32) -> logits [1, T, vocab], and its params, a pytree."""
+    """The forward pass `fn` and its params, a pytree."""
 
     fn: CausalFunction
     params: Any

@@ -1,12 +1,14 @@
 """The one file that touches JAX's jaxpr classes: a function becomes a flat, plain `Program`.
 
 Inline calls (jit, remat, custom_jvp/vjp, closed calls) are expanded and scans over layers unrolled, so that the
-analysis sees one list of equations. One primitive is ours: 'take_layer', one layer's slice of what a scan runs over.
+analysis sees one list of equations; a split becomes slices. One primitive is ours: 'take_layer', one layer's slice of
+what a scan runs over.
 Runs on JAX 0.10.2 to 0.12 (from 0.11 a ClosedJaxpr is itself a Jaxpr).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,6 +160,8 @@ class _Flattener:
                 results = self.unroll(eqn.params, operands, where)
             elif eqn.primitive.name == "scan" and _scan_counts(eqn.params)[1] == 0:
                 results = self.side_by_side(eqn.params, operands, where)
+            elif eqn.primitive.name == "split":
+                results = self.slices(operands[0], eqn.params["axis"], eqn.params["sizes"], where)
             else:
                 results = self.add(eqn, operands, where)
             env.update(zip(eqn.outvars, results, strict=True))
@@ -200,6 +204,19 @@ class _Flattener:
                 )
             ]
         return self.known[key][0]
+
+    def slices(self, value: Value, axis: int, sizes: Sequence[int], where: str) -> list[Value]:
+        """The parts of a split."""
+        key = ("slices", value, axis, tuple(sizes))
+        if key not in self.known:
+            self.known[key] = []
+            for stop, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+                starts, limits = [0] * len(value.shape), list(value.shape)
+                starts[axis], limits[axis] = int(stop - size), int(stop)
+                bounds = {"start_indices": tuple(starts), "limit_indices": tuple(limits), "strides": None}
+                shape = tuple(np.subtract(limits, starts).tolist())
+                self.known[key].append(self.own("slice", [value], shape, where, jax.lax.slice, **bounds))
+        return self.known[key]
 
     def stack(self, layers: Sequence[Value], where: str) -> Value:
         shape = (len(layers), *layers[0].shape)

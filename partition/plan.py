@@ -167,9 +167,10 @@ def partition(model: Any, params: Any = None, *, max_rows: int = 4096) -> Plan:
     """Find the attention of a causal language model, prove the rest token-wise, and cut there.
 
     Args:
-      model: a plain forward pass over tokens [1, T] int32 that returns logits [1, T, vocab]: a function
-        `fn(params, tokens[, positions][, mask])`, an `nnx.Module`, or a linen module bound to its variables, called as
-        `module(tokens[, positions][, mask])`. positions and mask are [1, T] int32; the mask is all ones.
+      model: a plain forward pass over tokens [1, T] int32 that returns logits [1, T, vocab], or those of the last token
+        alone, [1, 1, vocab] or [1, vocab]: a function `fn(params, tokens[, positions][, mask])`, an `nnx.Module`, or a
+        linen module bound to its variables, called as `module(tokens[, positions][, mask])`. positions and mask are
+        [1, T] int32; the mask is all ones.
       params: of a function: pytree of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are read here.
       max_rows: the longest sequence that will be asked for, in tokens.
 

@@ -319,7 +319,7 @@ _RULES: dict[str, Callable[[Equation], AxisMap]] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce),
     **dict.fromkeys(("argmax", "argmin"), _arg_reduce),
-    **dict.fromkeys((*RUNNING, "split"), _along("axis")),
+    **dict.fromkeys(RUNNING, _along("axis")),
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _along("dimension"),
     "dot_general": _dot_general,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from partition.evaluate import evaluate_tables, row_shape
 from partition.extras import split_extras
 from partition.forward import Forward
 from partition.jaxpr import Equation, Program, Value, trace
+from partition.last_row import every_row
 from partition.rules import resized_params
 from partition.structure import closure, producers
 
@@ -91,10 +93,11 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
 
 
 def trace_at(forward: Forward, rows: int) -> Program:
-    """The program of `rows` tokens; its inputs are the leaves of the parameters, tokens and positions."""
+    """The program of `rows` tokens, with logits for each; its inputs are the leaves of the parameters, tokens and
+    positions."""
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), forward.params)
     tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
-    return split_extras(trace(forward.fn, abstract, tokens, tokens, rows=rows), rows)
+    return split_extras(every_row(trace(forward.fn, abstract, tokens, tokens, rows=rows), rows), rows)
 
 
 def _counts(program: Program, rows: int, other: Program, other_rows: int) -> dict[Value, tuple[int, int]]:
@@ -143,8 +146,13 @@ def _is_prime(number: int) -> bool:
 
 def _check_output(program: Program, rows: int) -> None:
     shapes = [value.shape for value in program.outputs]
-    if len(shapes) != 1 or shapes[0][:-1] not in ((rows,), (1, rows)):
-        raise TraceError(f"the model must return logits [1, T, vocab]; for T={rows} it returned {shapes or 'nothing'}")
+    # Of one row that is not the last token's the analysis says what drops the others.
+    is_one_row = len(shapes) == 1 and len(shapes[0]) > 0 and math.prod(shapes[0]) == shapes[0][-1]
+    if not is_one_row and (len(shapes) != 1 or shapes[0][:-1] not in ((rows,), (1, rows))):
+        raise TraceError(
+            "the model must return logits [1, T, vocab], or those of the last token alone, [1, vocab]; "
+            f"for T={rows} it returned {shapes or 'nothing'}"
+        )
 
 
 def check_any_rows(traced: Traced) -> None:

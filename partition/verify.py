@@ -28,7 +28,8 @@ _CHUNKS = (1, 4, 16)
 class Verification:
     """Largest differences from the plain model, each as a part of the largest number there.
 
-    stages: of what each stage keeps and sends. sites: of what each site gives. logits: of the result.
+    stages: of what each stage keeps and sends. sites: of what each site gives. logits: of the result, for every token,
+      or for the last one where the model gives no others.
     chunks: how the tokens were split.
     """
 
@@ -62,6 +63,7 @@ def verify(plan: Plan, params: Any, tokens: Sequence[int], *, seed: int = 0) -> 
         raise PartitionError(f"tokens have shape {ids.shape}; allowed: 1 to {plan.max_rows} ids")
     plain = _Plain(plan, params, ids)
     expected = _plain_logits(plan, params, ids)
+    first = len(ids) - len(expected)
     decoder = _Decoder(plan, params, len(ids))
     differences = _Differences()
     chunks = tuple(_split(len(ids), np.random.default_rng(seed)))
@@ -70,7 +72,8 @@ def verify(plan: Plan, params: Any, tokens: Sequence[int], *, seed: int = 0) -> 
         for part, value, array in decoder.run(ids[rows], rows):
             differences.add(part, array, plain.rows_of(value, rows))
             if value is plan.analysis.traced.program.outputs[0]:
-                differences.add("logits", array.reshape(length, -1), expected[rows])
+                given = rows >= first
+                differences.add("logits", array.reshape(length, -1)[given], expected[rows[given] - first])
     return Verification(
         stages=tuple(differences.of(f"stage {stage.index}") for stage in plan.stages),
         sites=tuple(differences.of(f"site {index}") for index in range(len(plan.sites))),
@@ -171,9 +174,10 @@ def _attention(site: PlannedSite) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def _plain_logits(plan: Plan, params: Any, ids: np.ndarray) -> np.ndarray:
+    """[T, vocab], or [1, vocab] of a model that gives those of the last token alone."""
     positions = jnp.arange(len(ids), dtype=jnp.int32)[None]
     logits = jax.jit(plan.forward.fn)(params, jnp.asarray(ids)[None], positions)
-    return np.asarray(jax.tree.leaves(logits)[0]).reshape(len(ids), -1)
+    return np.asarray(jax.tree.leaves(logits)[0]).reshape(-1, plan.vocab_size)
 
 
 class _Differences:
@@ -184,8 +188,8 @@ class _Differences:
 
     def add(self, part: str, found: np.ndarray, expected: np.ndarray) -> None:
         found, expected = found.astype(np.float64), expected.astype(np.float64)
-        scale = np.abs(expected).max() or 1.0
-        self.worst[part] = max(self.worst.get(part, 0.0), float(np.abs(found - expected).max() / scale))
+        scale = np.abs(expected).max(initial=0.0) or 1.0
+        self.worst[part] = max(self.worst.get(part, 0.0), float(np.abs(found - expected).max(initial=0.0) / scale))
 
     def of(self, part: str) -> float:
         return self.worst.get(part, 0.0)
