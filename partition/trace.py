@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partition.captured import Captured, learn
 from partition.errors import TraceError
 from partition.evaluate import evaluate_tables, row_shape
 from partition.extras import split_extras
@@ -28,6 +29,7 @@ class Traced:
     """The program at `rows` tokens. Every dimension equal to `rows` is the token axis or counts tokens.
 
     other_program, other_rows: the same model at another number of tokens.
+    captured: what is looked up of the arrays that the model captures while it is traced.
     counts: scalars that are a * (number of tokens) + b, as (a, b): the length of an axis.
     position_tables: values with a token axis that are looked up (say a captured `np.arange(T)`), for positions
       0 .. max_rows - 1.
@@ -37,6 +39,7 @@ class Traced:
     rows: int
     other_program: Program
     other_rows: int
+    captured: Captured
     counts: Mapping[Value, tuple[int, int]]
     max_rows: int
     weights: tuple[Value, ...]
@@ -73,8 +76,11 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
       TraceError: not traceable, or no logits per token come out.
     """
     leaves = jax.tree_util.tree_leaves_with_path(forward.params)
-    rows, other_rows = _unlike_dimensions(forward.params, max_rows)
-    program, other_program = (trace_at(forward, each) for each in (rows, other_rows))
+    sizes = _unlike_dimensions(forward.params, max_rows)
+    written = {rows: _as_written(forward, rows) for rows in sizes}
+    captured = learn(written, max_rows, lambda rows: _as_written(forward, rows))
+    program, other_program = (_made_plain(each, rows, captured) for rows, each in written.items())
+    rows, other_rows = sizes
     _check_output(program, rows)
     count = len(leaves)
     return Traced(
@@ -88,16 +94,27 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
         weight_names=tuple(jax.tree_util.keystr(path) for path, _ in leaves),
         tokens=program.inputs[count],
         positions=program.inputs[count + 1],
-        position_tables=_position_tables(forward, program, rows, max_rows),
+        captured=captured,
+        position_tables=captured.position_tables(program),
     )
 
 
-def trace_at(forward: Forward, rows: int) -> Program:
-    """The program of `rows` tokens, with logits for each; its inputs are the leaves of the parameters, tokens and
-    positions."""
+def trace_at(forward: Forward, rows: int, captured: Captured) -> Program:
+    """The program of `rows` tokens, with logits for each.
+
+    Its inputs are the leaves of the parameters, tokens and positions; what it captures is looked up as was `captured`.
+    """
+    return _made_plain(_as_written(forward, rows), rows, captured)
+
+
+def _as_written(forward: Forward, rows: int) -> Program:
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), forward.params)
     tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
-    return split_extras(every_row(trace(forward.fn, abstract, tokens, tokens, rows=rows), rows), rows)
+    return trace(forward.fn, abstract, tokens, tokens, rows=rows)
+
+
+def _made_plain(program: Program, rows: int, captured: Captured) -> Program:
+    return split_extras(every_row(captured.resolved(program, rows), rows), rows)
 
 
 def _counts(program: Program, rows: int, other: Program, other_rows: int) -> dict[Value, tuple[int, int]]:
@@ -197,20 +214,3 @@ def _same_constants(traced: Traced, small: Equation, large: Equation) -> bool:
         if not np.array_equal(a[window], b[window], equal_nan=a.dtype.kind in "fc"):
             return False
     return True
-
-
-def _position_tables(forward: Forward, program: Program, rows: int, max_rows: int) -> dict[Value, Any]:
-    """Captured arrays with a token axis, re-captured at the largest number of rows."""
-    tables = [value for value in program.constants if rows in value.shape]
-    if not tables:
-        return {}
-    square = [value.shape for value in tables if value.shape.count(rows) > 1]
-    if square:
-        raise TraceError(
-            f"the model captures an array with two token axes, {square[0]}, while it is traced; "
-            "allowed: masks made with jax.numpy inside the call (not with NumPy)"
-        )
-    at_most = trace_at(forward, max_rows)
-    order = {value: index for index, value in enumerate(program.constants)}
-    captured = list(at_most.constants.values())
-    return {value: captured[order[value]] for value in tables}

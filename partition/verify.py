@@ -99,7 +99,8 @@ class _Plain:
         count, program = next(
             (count, program)
             for count in rows_unlike_dimensions(params, itertools.count(max(len(ids), 7)))
-            if len((program := trace_at(plan.forward, count)).equations) == len(traced.equations)
+            if len((program := trace_at(plan.forward, count, plan.analysis.traced.captured)).equations)
+            == len(traced.equations)
         )
         padded = jnp.asarray(np.pad(ids, (0, count - len(ids))))[None]
         inputs = (*jax.tree.leaves(params), padded, jnp.arange(count, dtype=jnp.int32)[None])

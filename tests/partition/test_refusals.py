@@ -6,11 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from partition import PartitionError, TokenMixingError, TraceError, UnsupportedPrimitiveError, UnsupportedSiteError
+from partition import PartitionError, TokenMixingError, UnsupportedPrimitiveError, UnsupportedSiteError
 from partition import partition as make_plan
 from small_model import SmallModel, softmax_attention
 
@@ -79,17 +78,6 @@ def test_mixing_outside_attention_is_refused_with_primitive_and_line(name):
     with pytest.raises(error, match=message) as caught:
         make_plan(model, model.params(), max_rows=64)
     assert "test_refusals.py:" in str(caught.value)
-
-
-def _captured_mask(q, k, v, positions):
-    mask = np.tril(np.ones((q.shape[1], q.shape[1]), bool))
-    return jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask)[None, None])
-
-
-def test_captured_mask_is_refused():
-    model = SmallModel(attention=_captured_mask)
-    with pytest.raises(TraceError, match="captures an array with two token axes"):
-        make_plan(model, model.params(), max_rows=64)
 
 
 def test_refusal_of_a_site_names_the_line_that_opens_it():
