@@ -27,7 +27,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.markdown import print_header, print_row
-from transport import Attend, Hello, Release, Result, WorkerServer, connect
+from transport import Attend, Hello, Layout, Release, Result, WorkerServer, connect
 from transport.header import Scalar
 
 _SIZES = flags.DEFINE_list(
@@ -52,6 +52,8 @@ class _Worker:
 
     def hello(self, hello: Hello) -> Hello:
         return hello
+
+    def layout(self, layout: Layout) -> None: ...
 
     def attend(self, attend: Attend) -> Result:
         out = attend.q if attend.site == _ECHO else attend.q[:0]
@@ -83,7 +85,7 @@ def _compare(
     hello = Hello(fingerprint="bench", generation=time.time_ns(), page_budget=0)
     client = connect("127.0.0.1", port, hello, secret=secret, tls=context)
     q = np.ones(size, np.int8)
-    ask = [lambda site=site: client.attend(site=site, layout={}, q=q) for site in (_ECHO, _SINK)]
+    ask = [lambda site=site: client.attend(site=site, layout=0, q=q) for site in (_ECHO, _SINK)]
     round_trips = _ratios(_bare_turn(bare_port, size, _ECHO), lambda: _turn(ask[_ECHO], 1))
     streams = _ratios(_bare_turn(bare_port, size, _SINK), lambda: _turn(ask[_SINK], _IN_FLIGHT.value))
     client.close()

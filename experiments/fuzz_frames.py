@@ -29,6 +29,7 @@ from transport.messages import (
     Drain,
     Error,
     Hello,
+    Layout,
     Message,
     Ping,
     Pong,
@@ -44,7 +45,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the mutations.")
 MAX_GROWTH_BYTES = 32 << 20
 _WARM_UP = 2000  # frames before memory is looked at: imports, caches
 _TRACED_EVERY = 1009  # frames; tracing makes one twenty times slower
-_LENGTHS_AT, _CRC_AT = 8, PREFIX_BYTES - 4
+_TYPE_AT, _LENGTHS_AT = 9, 12
 
 
 @dataclass(kw_only=True)
@@ -96,8 +97,9 @@ def sample_messages() -> list[Message]:
         Hello(
             fingerprint="a" * 32, generation=1, page_budget=100, sites=sites, artifacts=(np.arange(9, dtype=np.uint8),)
         ),
-        Attend(request_id=1, site=2, layout=rows, q=q, k=q[:, :2], v=q[:, 2:]),
-        Attend(request_id=2, site=0, layout={}, q=q.astype(np.int8)),
+        Layout(slot=3, arrays=rows),
+        Attend(request_id=1, site=2, layout=3, q=q, k=q[:, :2], v=q[:, 2:]),
+        Attend(request_id=2, site=0, layout=0, q=q.astype(np.int8)),
         Result(request_id=1, out=q, log_sum_exp=np.ones((6, 4), np.float32)),
         Release(pages=np.array([3, 1 << 40], np.int64)),
         StatsRequest(request_id=3),
@@ -133,7 +135,7 @@ def main(argv: list[str]) -> int:
 
 
 def _frame(message: Message) -> bytes:
-    return b"".join(map(bytes, FrameEncoder().encode(*encode_message(message))))
+    return b"".join(FrameEncoder().encode(*encode_message(message)))
 
 
 def _decode(data: bytes) -> str:
@@ -213,9 +215,8 @@ def _repair(data: bytearray, chance: random.Random) -> None:
     if chance.random() < 0.7:
         header_bytes = min(header_bytes, available, 1 << 16)
         body_bytes = available - header_bytes
-    struct.pack_into("<4sBBHIQQ", data, 0, b"HJXF", 1, data[5], 0, header_bytes, body_bytes, 0)
-    covered = bytes(data[:_CRC_AT]) + bytes(data[PREFIX_BYTES : PREFIX_BYTES + header_bytes])
-    struct.pack_into("<I", data, _CRC_AT, zlib.crc32(covered))
+    struct.pack_into("<BBHIQQ", data, 8, 1, data[_TYPE_AT], 0, header_bytes, body_bytes, 0)
+    struct.pack_into("<4sI", data, 0, b"HJXF", zlib.crc32(data[8 : PREFIX_BYTES + header_bytes]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any, TypeVar, cast
 
 import jax
@@ -21,7 +20,7 @@ from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
 from hetero_jax.rows import select
 from partition import PlannedSite, Value
-from transport import Hello, Result, TransportError, WorkerClient, connect
+from transport import MAX_LAYOUTS, Answer, Hello, Result, TransportError, WorkerClient, connect
 
 T = TypeVar("T")
 
@@ -39,17 +38,26 @@ class PendingRows:
         return self
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Share:
-    """A worker's part of a call. rows: [n] of the call; layout: of a call of these alone, padded, as arrays by name."""
+    """A worker's part of the calls of a microbatch.
+
+    rows: [n] of the call.
+    num_rows: of the worker's call: n and padding, whose contents do not matter.
+    slot: of the layout that the worker has; given back with the Share.
+    """
 
     rows: np.ndarray
-    layout: Mapping[str, np.ndarray]
+    num_rows: int
+    slot: int
 
     def take(self, array: np.ndarray) -> np.ndarray:
-        """Its rows of an array [R, ...], padded to those of the layout."""
-        taken = np.zeros((len(self.layout["row_slot"]), *array.shape[1:]), array.dtype)
-        taken[: len(self.rows)] = array[self.rows]
+        """[num_rows, ...] of an array [R, ...]; a view where the rows stand together."""
+        first, count = (int(self.rows[0]), len(self.rows)) if len(self.rows) else (0, 0)
+        if first + self.num_rows <= len(array) and (np.diff(self.rows) == 1).all():
+            return array[first : first + self.num_rows]
+        taken = np.zeros((self.num_rows, *array.shape[1:]), array.dtype)
+        taken[:count] = array[self.rows]
         return taken
 
 
@@ -106,7 +114,7 @@ class RemoteTier:
             select(layout, first_page=first, num_pages=count, page_size=self._page_size)
             for first, count in zip(firsts, self.pool_pages, strict=False)
         )
-        return [Share(rows=rows, layout=_by_name(part)) for rows, part in parts]
+        return [worker.place(rows, part) for worker, (rows, part) in zip(self._workers, parts, strict=True)]
 
     def begin(self, arrays: tuple[jax.Array, ...]) -> None:
         """Start to bring what travels to the host."""
@@ -117,7 +125,7 @@ class RemoteTier:
         arrays = [np.asarray(array) for array in inputs]
         shape, dtype = (len(arrays[0]), *self._out_shapes[site]), arrays[0].dtype
         calls = [
-            (share.rows, worker.attend(site, share.layout, [share.take(array) for array in arrays], shape[1:]))
+            (share.rows, worker.attend(site, share.slot, [share.take(array) for array in arrays], shape[1:]))
             for worker, share in zip(self._workers, layouts, strict=True)
             if len(share.rows)
         ]
@@ -149,18 +157,32 @@ class _Worker:
         host, port = split_address(address)
         self._client: WorkerClient = self._guard(lambda: connect(host, port, hello, secret=secret))
         weakref.finalize(self, self._client.close)  # its threads would keep it for ever
+        self._free_slots = list(range(MAX_LAYOUTS))
         self.num_pages = self._client.welcome.page_budget
         self.pool_bytes = cast("int", self._guard(lambda: self._client.stats().result()).values["pool_bytes"])
 
+    def place(self, rows: np.ndarray, layout: AttentionLayout) -> Share:
+        """Send the layout of these rows, once for all sites of a microbatch."""
+        if not len(rows):
+            return Share(rows=rows, num_rows=0, slot=0)
+        if not self._free_slots:
+            raise WorkerError(f"worker {self._address}: {MAX_LAYOUTS} microbatches in flight; allowed: no more")
+        slot = self._free_slots.pop()
+        self._guard(lambda: self._client.layout(slot=slot, arrays=_by_name(layout)))
+        share = Share(rows=rows, num_rows=len(layout.row_slot), slot=slot)
+        # Messages arrive in order: what comes after the last call of this Share may take its slot.
+        weakref.finalize(share, self._free_slots.append, slot).atexit = False
+        return share
+
     def attend(
-        self, site: int, layout: Mapping[str, np.ndarray], inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]
+        self, site: int, layout: int, inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]
     ) -> Callable[[], np.ndarray]:
         q, k, v = inputs
-        future = self._guard(lambda: self._client.attend(site=site, layout=layout, q=q, k=k, v=v))
-        return lambda: self._rows(future, (len(q), *row_shape), q.dtype)
+        answer = self._guard(lambda: self._client.attend(site=site, layout=layout, q=q, k=k, v=v))
+        return lambda: self._rows(answer, (len(q), *row_shape), q.dtype)
 
-    def _rows(self, future: Future[Result], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        out = self._guard(lambda: future.result().out)
+    def _rows(self, answer: Answer[Result], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        out = self._guard(lambda: answer.result().out)
         if out.shape != shape or out.dtype != dtype:
             raise WorkerError(f"worker {self._address} answered {out.dtype}{out.shape}; allowed: {dtype}{shape}")
         return out

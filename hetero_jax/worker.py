@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.described_site import read_description
 from hetero_jax.endpoint import read_secret, split_address
 from hetero_jax.errors import ConfigError
-from transport import Attend, Handler, Hello, Release, Result, WorkerServer
+from transport import Attend, Handler, Hello, Layout, Release, Result, WorkerServer
 from transport.errors import RefusedError
 
 _LAYOUT = tuple(field.name for field in fields(AttentionLayout))
@@ -29,26 +30,33 @@ class TierHandler(Handler):
     def __init__(self, *, kv_cache_bytes: int) -> None:
         self._kv_cache_bytes = kv_cache_bytes
         self._tier: AttentionTier | None = None
+        self._layouts: dict[int, Any] = {}  # by slot, where the sites of the tier need them
 
     def hello(self, hello: Hello) -> Hello:
         """As Handler."""
-        self._tier = None  # its pools make room first
+        self._tier, self._layouts = None, {}  # the old pools make room first
         try:
             self._tier = tier = self._make_tier(hello)
         except ConfigError as error:
             raise RefusedError(str(error)) from error
         return Hello(fingerprint=hello.fingerprint, generation=hello.generation, page_budget=tier.num_pages)
 
-    def attend(self, attend: Attend) -> Result:
+    def layout(self, layout: Layout) -> None:
         """As Handler. The layout has the fields of AttentionLayout."""
+        assert self._tier is not None, "layouts follow a hello"
+        self._layouts[layout.slot] = self._tier.place_layout(read_layout(layout.arrays))
+
+    def attend(self, attend: Attend) -> Result:
+        """As Handler."""
         assert self._tier is not None, "attends follow a hello"
         if not 0 <= attend.site < self._tier.num_sites:
             raise ConfigError(f"site {attend.site}; allowed: below {self._tier.num_sites}")
         if attend.k is None or attend.v is None:
             raise ConfigError("an attend without k and v; allowed: with them")
-        layouts = self._tier.place_layout(read_layout(attend.layout))
+        if attend.layout not in self._layouts:
+            raise ConfigError(f"an attend with layout {attend.layout}; allowed: one that was sent before")
         inputs = [jax.device_put(array, self._tier.device) for array in (attend.q, attend.k, attend.v)]
-        (out,) = self._tier.attend(attend.site, layouts, inputs)
+        (out,) = self._tier.attend(attend.site, self._layouts[attend.layout], inputs)
         return Result(request_id=attend.request_id, out=np.asarray(out))
 
     def release(self, release: Release) -> None:
@@ -76,7 +84,7 @@ class TierHandler(Handler):
 
 
 def read_layout(arrays: Mapping[str, np.ndarray]) -> AttentionLayout:
-    """The layout of an Attend.
+    """The layout in a Layout.
 
     Raises:
       ConfigError: an array is missing or is not int32.

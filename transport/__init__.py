@@ -6,18 +6,22 @@ back. `streams`, `peer`, `server` and `client` are thin shells of blocking socke
 no other package of the project.
 """
 
+from transport.answers import Answer
 from transport.client import WorkerClient, connect
 from transport.errors import TransportError
 from transport.frames import FrameLimits
-from transport.messages import Attend, Hello, Release, Result
+from transport.messages import MAX_LAYOUTS, Attend, Hello, Layout, Release, Result
 from transport.peer import Timing
 from transport.server import Handler, WorkerServer
 
 __all__ = [
+    "MAX_LAYOUTS",
+    "Answer",
     "Attend",
     "FrameLimits",
     "Handler",
     "Hello",
+    "Layout",
     "Release",
     "Result",
     "Timing",

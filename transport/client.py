@@ -1,4 +1,4 @@
-"""The engine's end of a connection to a worker: requests out, futures of their answers back."""
+"""The engine's end of a connection to a worker: requests out, answers back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 from typing import Any
 
+from transport.answers import Answer, Reader
 from transport.buffers import Tensor
 from transport.errors import (
     ConnectionLostError,
@@ -28,6 +28,7 @@ from transport.messages import (
     Drain,
     Error,
     Hello,
+    Layout,
     Message,
     Ping,
     Pong,
@@ -48,7 +49,7 @@ class WorkerClient:
     welcome: the worker's Hello, with what it grants.
     draining: set once the worker is about to leave.
 
-    A lost worker fails all futures, and every later call, with ConnectionLostError.
+    A lost worker fails all answers, and every later call, with ConnectionLostError.
     """
 
     def __init__(self, peer: Peer, hello: Hello) -> None:
@@ -58,23 +59,27 @@ class WorkerClient:
         self.round_trip_s: float | None = None  # of the last heartbeat
         self._peer = peer
         self._ids = itertools.count(1)
-        self._pending: dict[int, Future[Any]] = {}
+        self._pending: dict[int, Answer[Any]] = {}
         self._failure: TransportError | None = None
         peer.start(lambda: Ping(token=time.monotonic_ns()))
-        self._reader = threading.Thread(target=self._read, name="worker client", daemon=True)
-        self._reader.start()
+        self._reader = Reader(peer.receive, self._take, self._end)
+
+    def layout(self, *, slot: int, arrays: Mapping[str, Tensor]) -> None:
+        """Send a Layout for the Attends to come."""
+        self._check()
+        self._send(Layout(slot=slot, arrays=arrays))
 
     def attend(
-        self, *, site: int, layout: Mapping[str, Tensor], q: Tensor, k: Tensor | None = None, v: Tensor | None = None
-    ) -> Future[Result]:
+        self, *, site: int, layout: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None
+    ) -> Answer[Result]:
         """Send an Attend; blocks only while the worker takes no more bytes.
 
-        The future raises RemoteError where the worker's handler failed.
+        The answer raises RemoteError where the worker's handler failed.
         """
         request_id = next(self._ids)
         return self._ask(request_id, Attend(request_id=request_id, site=site, layout=layout, q=q, k=k, v=v))
 
-    def stats(self) -> Future[Stats]:
+    def stats(self) -> Answer[Stats]:
         """Ask for the worker's figures."""
         request_id = next(self._ids)
         return self._ask(request_id, StatsRequest(request_id=request_id))
@@ -82,41 +87,37 @@ class WorkerClient:
     def release(self, pages: Tensor) -> None:
         """Give pages back, [n] int64, after the requests so far."""
         self._check()
-        self._peer.send(Release(pages=pages))
+        self._send(Release(pages=pages))
 
     def close(self) -> None:
         """End the connection; what is pending fails."""
         self._peer.interrupt()
-        if threading.current_thread() is not self._reader:  # a future's callback may close too
-            self._reader.join()
+        self._reader.join()
 
-    def _ask(self, request_id: int, request: Message) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._pending[request_id] = future
+    def _ask(self, request_id: int, request: Message) -> Answer[Any]:
+        answer: Answer[Any] = Answer(self._reader)
+        self._pending[request_id] = answer
         try:
-            self._check()  # after the line above: the reader fails what it finds there
-            self._peer.send(request)
+            self._check()  # after the line above: the end of the connection fails what it finds there
+            self._send(request)
         except TransportError:
             self._pending.pop(request_id, None)
             raise
-        return future
+        return answer
+
+    def _send(self, message: Message) -> None:
+        self._peer.send(message, self._reader.while_stuck)
 
     def _check(self) -> None:
         if self._failure is not None:
             raise ConnectionLostError(f"the worker is lost: {self._failure}")
 
-    def _read(self) -> None:
-        try:
-            for message in self._peer.messages():
-                self._take(message)
-        except TransportError as error:
-            self._failure = error
-        finally:
-            self._peer.close()
-            self._failure = self._failure or ConnectionLostError("the reader ended")
-            while self._pending:
-                _, future = self._pending.popitem()
-                future.set_exception(ConnectionLostError(f"the worker is lost: {self._failure}"))
+    def _end(self, error: TransportError) -> None:
+        self._failure = error
+        self._peer.close()
+        while self._pending:
+            _, answer = self._pending.popitem()
+            answer.set_exception(ConnectionLostError(f"the worker is lost: {error}"))
 
     def _take(self, message: Message) -> None:
         match message:
@@ -134,11 +135,11 @@ class WorkerClient:
             case _:
                 raise FrameError(f"a worker sent {type(message).__name__}; allowed: answers, Pong, Drain, Error")
 
-    def _answered(self, request_id: int) -> Future[Any]:
-        future = self._pending.pop(request_id, None)
-        if future is None:
+    def _answered(self, request_id: int) -> Answer[Any]:
+        answer = self._pending.pop(request_id, None)
+        if answer is None:
             raise FrameError(f"an answer to request {request_id}, which is not pending")
-        return future
+        return answer
 
 
 def connect(

@@ -1,4 +1,4 @@
-"""Messages to frames and back. A message's header is an array of its fields in order, read by their annotations."""
+"""Messages to frames and back. A message's header has its fields in order, read by their annotations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from transport.buffers import Tensor
 from transport.errors import FrameError
-from transport.frames import Frame
+from transport.frames import Buffer, Frame
 from transport.header import MAX_TEXT_BYTES, MAX_VALUES, HeaderReader, HeaderWriter, Scalar
 from transport.messages import MESSAGE_TYPES, Message
 
@@ -16,8 +16,8 @@ _MAX_NAMES = 64  # in a mapping
 _SCALARS = (int, float, str, bool, type(None))
 
 
-def encode_message(message: Message) -> tuple[int, bytes, list[memoryview]]:
-    """Type, header and body of a message's frame.
+def encode_message(message: Message) -> tuple[int, bytes, list[Buffer], int]:
+    """Type, header, body of a message's frame, and the body's bytes.
 
     Raises:
       FrameError: a value that no message may carry.
@@ -25,9 +25,9 @@ def encode_message(message: Message) -> tuple[int, bytes, list[memoryview]]:
     code = _CODES[type(message)]
     writer = HeaderWriter()
     for name, kind in _SCHEMAS[code]:
-        writer.values.append(kind.write(writer, getattr(message, name)))
+        kind.write(writer, getattr(message, name))
     try:
-        return code, writer.header(), writer.body
+        return code, writer.header(), writer.body, writer.body_bytes
     except (TypeError, ValueError, OverflowError) as error:
         raise FrameError(f"a {type(message).__name__} cannot be written: {error}") from None
 
@@ -42,46 +42,47 @@ def decode_message(frame: Frame) -> Message:
     if schema is None:
         raise FrameError(f"a frame of type {frame.type}; allowed: 1 to {len(MESSAGE_TYPES)}")
     reader = HeaderReader(frame.header, frame.body)
-    reader.length(len(schema), len(schema))
-    values = {name: kind.read(reader) for name, kind in schema}
+    message = object.__new__(MESSAGE_TYPES[frame.type - 1])
+    # The schema has every field; a frozen dataclass's own __init__ would take four times as long.
+    vars(message).update({name: kind.read(reader) for name, kind in schema})
     reader.end()
-    return MESSAGE_TYPES[frame.type - 1](**values)
+    return message
 
 
 class _Kind(NamedTuple):
     """How values of one annotation are written and read."""
 
-    write: Callable[[HeaderWriter, Any], object]
+    write: Callable[[HeaderWriter, Any], None]
     read: Callable[[HeaderReader], Any]
 
 
-def _write_tensor(writer: HeaderWriter, tensor: Tensor | None) -> object:
-    return [] if tensor is None else writer.tensor(tensor)
-
-
-def _write_text(writer: HeaderWriter, text: str) -> object:
+def _write_text(writer: HeaderWriter, text: str) -> None:
     if len(text.encode()) > MAX_TEXT_BYTES:
         raise FrameError(f"a text of {len(text.encode())} bytes; allowed: at most {MAX_TEXT_BYTES}")
-    return text
+    writer.values.append(text)
 
 
-def _write_natural(writer: HeaderWriter, value: int) -> object:
+def _write_natural(writer: HeaderWriter, value: int) -> None:
     if not 0 <= value < 1 << 64:
         raise FrameError(f"{value} in a message; allowed: 0 to 2**64 - 1")
-    return int(value)
+    writer.values.append(int(value))
 
 
-def _write_scalar(writer: HeaderWriter, value: Scalar) -> object:
-    return _write_text(writer, value) if isinstance(value, str) else value
+def _write_scalar(writer: HeaderWriter, value: Scalar) -> None:
+    if isinstance(value, str):
+        _write_text(writer, value)
+    else:
+        writer.values.append(value)
 
 
 def _tuple_of(item: _Kind) -> _Kind:
-    def write(writer: HeaderWriter, values: tuple[Any, ...]) -> object:
-        _check_length(len(values), MAX_VALUES)
-        return [item.write(writer, value) for value in values]
+    def write(writer: HeaderWriter, values: tuple[Any, ...]) -> None:
+        _write_length(writer, len(values), MAX_VALUES)
+        for value in values:
+            item.write(writer, value)
 
     def read(reader: HeaderReader) -> tuple[Any, ...]:
-        return tuple(item.read(reader) for _ in range(reader.length(0, MAX_VALUES)))
+        return tuple(item.read(reader) for _ in range(reader.length(MAX_VALUES)))
 
     return _Kind(write, read)
 
@@ -89,24 +90,26 @@ def _tuple_of(item: _Kind) -> _Kind:
 def _mapping_of(item: _Kind) -> _Kind:
     """Names and values in turn."""
 
-    def write(writer: HeaderWriter, values: Mapping[str, Any]) -> object:
-        _check_length(len(values), _MAX_NAMES)
-        pairs = [(_write_text(writer, name), item.write(writer, value)) for name, value in values.items()]
-        return [part for pair in pairs for part in pair]
+    def write(writer: HeaderWriter, values: Mapping[str, Any]) -> None:
+        _write_length(writer, len(values), _MAX_NAMES)
+        for name, value in values.items():
+            _write_text(writer, name)
+            item.write(writer, value)
 
     def read(reader: HeaderReader) -> dict[str, Any]:
-        names, odd = divmod(reader.length(0, 2 * _MAX_NAMES), 2)
-        values = {reader.value((str,)): item.read(reader) for _ in range(names)}
-        if odd or len(values) != names:
-            raise FrameError("a mapping names something twice, or names a value that it does not have")
+        names = reader.length(_MAX_NAMES)
+        values = {_read_text(reader): item.read(reader) for _ in range(names)}
+        if len(values) != names:
+            raise FrameError("a mapping names something twice")
         return values
 
     return _Kind(write, read)
 
 
-def _check_length(length: int, high: int) -> None:
+def _write_length(writer: HeaderWriter, length: int, high: int) -> None:
     if length > high:
         raise FrameError(f"{length} items in a message; allowed: at most {high}")
+    writer.values.append(length)
 
 
 def _read_some_tensor(reader: HeaderReader) -> Tensor | None:
@@ -121,13 +124,13 @@ def _read_scalar(reader: HeaderReader) -> Scalar:
     return reader.value(_SCALARS)
 
 
-_TENSOR = _Kind(_write_tensor, HeaderReader.tensor)
+_TENSOR = _Kind(HeaderWriter.tensor, HeaderReader.tensor)
 _ANY_SCALAR = _Kind(_write_scalar, _read_scalar)
 _KINDS: dict[Any, _Kind] = {
     int: _Kind(_write_natural, HeaderReader.natural),
     str: _Kind(_write_text, _read_text),
     Tensor: _TENSOR,
-    Tensor | None: _Kind(_write_tensor, _read_some_tensor),
+    Tensor | None: _Kind(HeaderWriter.tensor, _read_some_tensor),
     tuple[Tensor, ...]: _tuple_of(_TENSOR),
     Mapping[str, Tensor]: _mapping_of(_TENSOR),
     Mapping[str, Scalar]: _mapping_of(_ANY_SCALAR),

@@ -1,14 +1,14 @@
-"""Headers of messages: msgpack read by a schema, value by value, so that nothing is built that was not asked for.
+"""Headers of messages: one flat msgpack array of scalars, read by a schema.
 
-The unpacker itself may build no container at all: arrays are opened only where the schema has one, with a length that
-is checked first. Nesting therefore ends where the schema's does.
+What nests in a message is written as its length and then its items, so the unpacker may build no container at all:
+nesting ends where the schema's does, and memory with the number of values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from itertools import islice
+from typing import Any, NoReturn, TypeAlias, cast
 
 import ml_dtypes
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
@@ -16,7 +16,7 @@ import numpy as np
 
 from transport.buffers import ALIGNMENT, Bytes, Tensor
 from transport.errors import FrameError
-from transport.frames import MAX_HEADER_BYTES
+from transport.frames import MAX_HEADER_BYTES, Buffer
 
 Scalar: TypeAlias = int | float | str | bool | None
 
@@ -26,11 +26,12 @@ DTYPES: tuple[np.dtype[Any], ...] = tuple(
     for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.int8, np.uint8, np.int32, np.int64, np.bool_)
 )
 MAX_AXES = 8
-MAX_VALUES = 8192  # in a header, arrays counted too: what they become in memory stays below 1 MB
+MAX_VALUES = 8192  # in a header: what they become in memory stays below 1 MB
 MAX_TEXT_BYTES = 4096
 
 _MAX_EMPTY_SPAN = 1 << 31
-_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_NO_TENSOR = 0
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES, _NO_TENSOR + 1)}
 _msgpack = cast("Any", msgpack)  # it has no types
 
 
@@ -38,27 +39,40 @@ class HeaderWriter:
     """Collects a message's header and, uncopied, its tensors."""
 
     def __init__(self) -> None:
-        self.values: list[object] = []
-        self.body: list[memoryview] = []
+        self.values: list[Scalar] = []
+        self.body: list[Buffer] = []
+        self.body_bytes = 0
 
     def header(self) -> bytes:
-        """The header in msgpack."""
+        """The header in msgpack.
+
+        Raises:
+          FrameError: more values than a header may have.
+        """
+        if len(self.values) > MAX_VALUES:
+            raise FrameError(f"a header of {len(self.values)} values; allowed: at most {MAX_VALUES}")
         return _msgpack.packb(self.values)
 
-    def tensor(self, tensor: Tensor) -> list[int]:
-        """What the header says of a tensor: its element type's number and its shape.
+    def tensor(self, tensor: Tensor | None) -> None:
+        """Adds a tensor, and to the header its element type's number, how many axes it has, and these.
 
         Raises:
           FrameError: another element type or too many axes.
         """
-        if tensor.dtype not in _CODES or tensor.ndim > MAX_AXES:
+        if tensor is None:
+            self.values.append(_NO_TENSOR)
+            return
+        code = _CODES.get(tensor.dtype)
+        if code is None or tensor.ndim > MAX_AXES:
             allowed = ", ".join(str(dtype) for dtype in DTYPES)
             raise FrameError(f"a tensor {tensor.dtype}{tensor.shape}; allowed: {allowed} with at most {MAX_AXES} axes")
-        raw = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-        self.body.append(raw.data)
-        if padding := -len(raw) % ALIGNMENT:
+        self.values += (code, tensor.ndim, *tensor.shape)
+        size = tensor.nbytes
+        if size:
+            self.body.append(tensor if tensor.flags.c_contiguous else np.ascontiguousarray(tensor))
+        if padding := -size % ALIGNMENT:
             self.body.append(_PADDING[:padding])
-        return [_CODES[tensor.dtype], *tensor.shape]
+        self.body_bytes += size + padding
 
 
 class HeaderReader:
@@ -68,61 +82,54 @@ class HeaderReader:
     """
 
     def __init__(self, header: bytes, body: Bytes) -> None:
-        unpacker = _msgpack.Unpacker(
-            max_buffer_size=MAX_HEADER_BYTES,
-            max_str_len=MAX_TEXT_BYTES,
-            max_bin_len=0,
-            max_array_len=0,
-            max_map_len=0,
-            max_ext_len=0,
-        )
-        unpacker.feed(header)
-        self._unpack: Callable[[], object] = unpacker.unpack
-        self._read_array_header: Callable[[], int] = unpacker.read_array_header
-        self._tell: Callable[[], int] = unpacker.tell
-        self._header_bytes = len(header)
+        self._values = _read_values(header)
+        self._values.append(_END)
+        self._read = 0
         self._body, self._body_read = body, 0
-        self._values_left = MAX_VALUES
 
     def value(self, allowed: tuple[type, ...]) -> Any:
         """A scalar of exactly one of these types."""
-        self._count()
-        try:
-            value = self._unpack()
-        except (ValueError, _msgpack.UnpackException) as error:
-            raise FrameError(f"a header cannot be read: {error or type(error).__name__}") from None
+        value = self._values[self._read]
         if type(value) not in allowed:
-            names = ", ".join(kind.__name__ for kind in allowed)
-            raise FrameError(f"a header has a {type(value).__name__} where only {names} may be")
+            self._refuse(value, " or ".join(kind.__name__ for kind in allowed))
+        self._read += 1
         return value
 
     def natural(self) -> int:
         """An integer, zero or more; msgpack itself ends at 64 bits."""
-        value: int = self.value((int,))
-        if value < 0:
-            raise FrameError(f"a header has {value}; allowed: 0 or more")
+        value = self._values[self._read]
+        if type(value) is not int or value < 0:
+            self._refuse(value, "int of 0 or more")
+        self._read += 1
         return value
 
-    def length(self, low: int, high: int) -> int:
-        """The length of an array that begins here, in [low, high]."""
-        self._count()
-        try:
-            length = self._read_array_header()
-        except (ValueError, _msgpack.UnpackException) as error:
-            raise FrameError(f"a header has no array where one must be: {error or type(error).__name__}") from None
-        if not low <= length <= high:
-            raise FrameError(f"a header has an array of {length} items; allowed: {low} to {high}")
+    def _refuse(self, value: object, allowed: str) -> NoReturn:
+        if value is _END:
+            raise FrameError(f"a header ends after {self._read} values, before the message does")
+        seen = value if isinstance(value, int) else f"a {type(value).__name__}"
+        raise FrameError(f"a header has {seen} where only {allowed} may be")
+
+    def length(self, high: int) -> int:
+        """How many items follow, at most `high`."""
+        length = self.natural()
+        if length > high:
+            raise FrameError(f"a header has {length} items where at most {high} may be")
         return length
 
     def tensor(self, *, optional: bool = False) -> Tensor | None:
-        """A view of the body's next bytes; None where `optional` and the description is empty."""
-        items = self.length(0 if optional else 1, 1 + MAX_AXES)
-        if not items:
+        """A view of the body's next bytes; None where `optional` and there is none."""
+        code = self.natural()
+        if optional and code == _NO_TENSOR:
             return None
-        code, *shape = [self.natural() for _ in range(items)]
-        if code >= len(DTYPES):
-            raise FrameError(f"a tensor has element type number {code}; allowed: 0 to {len(DTYPES) - 1}")
-        dtype = DTYPES[code]
+        if not 1 <= code <= len(DTYPES):
+            raise FrameError(f"a tensor has element type number {code}; allowed: 1 to {len(DTYPES)}")
+        dtype = DTYPES[code - 1]
+        read = self._read + 1
+        self._read = read + self.length(MAX_AXES)
+        shape = self._values[read : self._read]
+        for axis in shape:
+            if type(axis) is not int or axis < 0:
+                self._refuse(axis, "int of 0 or more")
         size = math.prod(shape) * dtype.itemsize
         padded = size + -size % ALIGNMENT
         start = self._body_read
@@ -131,20 +138,39 @@ class HeaderReader:
         if padded > len(self._body) - start or not countable:
             raise FrameError(f"a tensor {dtype}{tuple(shape)} needs {padded} bytes, {len(self._body) - start} are left")
         self._body_read = start + padded
-        return self._body[start : start + size].view(dtype).reshape(shape)
-
-    def _count(self) -> None:
-        self._values_left -= 1
-        if self._values_left < 0:
-            raise FrameError(f"a header has more than the {MAX_VALUES} values that are allowed")
+        return np.ndarray(shape, dtype, self._body, start)
 
     def end(self) -> None:
         """Nothing may be left over."""
-        if self._tell() != self._header_bytes or self._body_read != len(self._body):
+        count = len(self._values) - 1
+        if self._read != count or self._body_read != len(self._body):
             raise FrameError(
-                f"a message uses {self._tell()} of {self._header_bytes} bytes of its header "
-                f"and {self._body_read} of {len(self._body)} of its body; allowed: all"
+                f"a message uses {self._read} of {count} values of its header "
+                f"and {self._body_read} of {len(self._body)} bytes of its body; allowed: all"
             )
 
 
+def _read_values(header: bytes) -> list[Any]:
+    unpacker = _msgpack.Unpacker(
+        max_buffer_size=MAX_HEADER_BYTES,
+        max_str_len=MAX_TEXT_BYTES,
+        max_bin_len=0,
+        max_array_len=0,
+        max_map_len=0,
+        max_ext_len=0,
+    )
+    unpacker.feed(header)
+    try:
+        count = unpacker.read_array_header()
+        if count > MAX_VALUES:
+            raise FrameError(f"a header has {count} values; allowed: at most {MAX_VALUES}")
+        values: list[Any] = list(islice(unpacker, count))
+    except (ValueError, _msgpack.UnpackException) as error:
+        raise FrameError(f"a header cannot be read: {error or type(error).__name__}") from None
+    if len(values) != count or unpacker.tell() != len(header):
+        raise FrameError(f"a header of {count} values has {len(values)} in {unpacker.tell()} of {len(header)} bytes")
+    return values
+
+
+_END = object()  # after the values, so that no index is past them
 _PADDING = memoryview(bytes(ALIGNMENT))

@@ -11,6 +11,7 @@ from transport.errors import RefusedError, VersionError
 from transport.header import Scalar
 
 PROTOCOL_VERSION = 1
+MAX_LAYOUTS = 64
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,17 +36,29 @@ class Hello:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """Which rows of the Attends to come belong to which sequence, positions and pages; has no answer.
+
+    slot: below MAX_LAYOUTS; takes the place of what the slot had, so a worker keeps no more than so many.
+    arrays: by name.
+    """
+
+    slot: int
+    arrays: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Attend:
     """Append k and v to the cache of `site`, then attend with q; answered by a Result.
 
+    layout: slot of the call's Layout, which all sites of a microbatch share.
     q: [rows, heads, head_dim]; k: [rows, kv_heads, head_dim]; v: [rows, kv_heads, v_head_dim], in the wire's dtype.
       Without k and v, attend over what is cached.
-    layout: arrays by name that say which rows belong to which sequence, positions and pages.
     """
 
     request_id: int
     site: int
-    layout: Mapping[str, Tensor]
+    layout: int
     q: Tensor
     k: Tensor | None = None
     v: Tensor | None = None
@@ -112,7 +125,7 @@ class Error:
     text: str
 
 
-Message: TypeAlias = Hello | Attend | Result | Release | StatsRequest | Stats | Ping | Pong | Drain | Error
+Message: TypeAlias = Hello | Attend | Result | Release | StatsRequest | Stats | Ping | Pong | Drain | Error | Layout
 
 # By number on the wire, from 1; append only.
 MESSAGE_TYPES: tuple[type[Message], ...] = (
@@ -126,6 +139,7 @@ MESSAGE_TYPES: tuple[type[Message], ...] = (
     Pong,
     Drain,
     Error,
+    Layout,
 )
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from transport.errors import ConnectionLostError, HandshakeError, TransportError
 from transport.messages import Error, Message
 from transport.protocol import Connection
-from transport.streams import Stream
+from transport.streams import Stream, WhileStuck
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +73,11 @@ class Peer:
         while True:
             yield self.receive()
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Message, while_stuck: WhileStuck = nullcontext) -> None:
         """Send a message, after those of other threads; its tensors may be changed once this returns.
 
+        Args:
+          while_stuck: entered where the peer does not take it all at once.
         Raises:
           ConnectionLostError: the peer is gone, or took nothing for `stall_s`.
           FrameError: the message does not fit a frame.
@@ -84,7 +86,7 @@ class Peer:
             if self._closing.is_set():
                 raise ConnectionLostError("this side closed the connection")
             try:
-                self._stream.send(self._connection.encode(message))
+                self._stream.send(self._connection.encode(message), while_stuck)
             except ConnectionLostError:
                 self.interrupt()  # a frame was cut: nothing may follow it
                 raise
@@ -98,7 +100,7 @@ class Peer:
     def refuse(self, error: TransportError) -> None:
         """Tell the peer why the connection closes, if it still listens."""
         if self._connection.established and not isinstance(error, ConnectionLostError):
-            with contextlib.suppress(ConnectionLostError):
+            with suppress(ConnectionLostError):
                 self.send(Error(request_id=0, kind=type(error).__name__, text=str(error)[:1000]))
 
     def interrupt(self) -> None:

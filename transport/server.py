@@ -15,11 +15,13 @@ from transport.frames import FrameLimits
 from transport.handshake import MIN_SECRET_BYTES, Role
 from transport.header import Scalar
 from transport.messages import (
+    MAX_LAYOUTS,
     PROTOCOL_VERSION,
     Attend,
     Drain,
     Error,
     Hello,
+    Layout,
     Message,
     Ping,
     Pong,
@@ -41,8 +43,9 @@ _MAX_CONNECTIONS = 2048  # threads; most of them wait for bytes
 class Handler(Protocol):
     """What a worker does with messages. One thread at a time calls it.
 
-    What `attend` and `stats` raise goes to the engine as a RemoteError, and the session goes on; what `hello` and
-    `release` raise ends it. Arrays in messages are views of receive buffers: they stay valid as long as they are held.
+    What `attend` and `stats` raise goes to the engine as a RemoteError, and the session goes on; what `hello`, `layout`
+    and `release` raise ends it. Arrays in messages are views of receive buffers: they stay valid as long as they are
+    held.
     """
 
     def hello(self, hello: Hello) -> Hello:
@@ -54,6 +57,10 @@ class Handler(Protocol):
         Raises:
           RefusedError: it cannot be served.
         """
+        ...
+
+    def layout(self, layout: Layout) -> None:
+        """Keep the layout of Attends to come in its slot."""
         ...
 
     def attend(self, attend: Attend) -> Result:
@@ -223,6 +230,10 @@ def _answer(handler: Handler, message: Message) -> Message | None:
             return _guarded(message.request_id, lambda: handler.attend(message))
         case StatsRequest():
             return _guarded(message.request_id, lambda: Stats(request_id=message.request_id, values=handler.stats()))
+        case Layout(slot=slot):
+            if slot >= MAX_LAYOUTS:
+                raise FrameError(f"a layout for slot {slot}; allowed: below {MAX_LAYOUTS}")
+            return handler.layout(message)
         case Release():
             return handler.release(message)
         case Ping():
@@ -230,7 +241,9 @@ def _answer(handler: Handler, message: Message) -> Message | None:
         case Error():
             raise ConnectionLostError(f"the engine ended the connection: {message.text}")
         case _:
-            raise FrameError(f"an engine sent {type(message).__name__}; allowed: Attend, Release, StatsRequest, Ping")
+            raise FrameError(
+                f"an engine sent {type(message).__name__}; allowed: Attend, Layout, Release, StatsRequest, Ping"
+            )
 
 
 def _guarded(request_id: int, call: Callable[[], Message]) -> Message:

@@ -10,14 +10,19 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, TypeAlias, cast
+
+import numpy as np
 
 from transport.errors import ConnectionLostError, HandshakeError, InsecureAddressError
 from transport.frames import Buffer
 
 _MAX_PARTS = os.sysconf("SC_IOV_MAX")
 _TLS_CHUNK_BYTES = 1 << 18
+
+WhileStuck: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 class Stream(Protocol):
@@ -39,8 +44,8 @@ class Stream(Protocol):
         """Bytes received, 0 at the end of the stream."""
         ...
 
-    def send(self, parts: Sequence[Buffer]) -> None:
-        """Send all of it; blocks while the peer is slow."""
+    def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
+        """Send all of it; blocks while the peer is slow, and that within `while_stuck()`."""
         ...
 
     def interrupt(self) -> None:
@@ -79,16 +84,27 @@ class SocketStream:
         except OSError as error:
             raise ConnectionLostError(f"the connection broke: {error}") from None
 
-    def send(self, parts: Sequence[Buffer]) -> None:
+    def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
         """As Stream."""
         try:
-            left = [memoryview(part) for part in parts]
-            while left:
-                left = _unsent(left, self._socket.sendmsg(left[:_MAX_PARTS]))
+            sent = self._send_now(parts)
+            if sent < sum(map(_length, parts)):
+                with while_stuck():
+                    self._send_rest(_unsent([_as_bytes(part) for part in parts], sent))
         except BlockingIOError:
             raise ConnectionLostError("the peer takes nothing any more") from None
         except OSError as error:
             raise ConnectionLostError(f"the connection broke: {error}") from None
+
+    def _send_now(self, parts: Sequence[Buffer]) -> int:
+        try:
+            return self._socket.sendmsg(parts[:_MAX_PARTS], (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+
+    def _send_rest(self, left: list[memoryview]) -> None:
+        while left:
+            left = _unsent(left, self._socket.sendmsg(left[:_MAX_PARTS]))
 
     def interrupt(self) -> None:
         """As Stream."""
@@ -98,6 +114,15 @@ class SocketStream:
     def close(self) -> None:
         """As Stream."""
         self._socket.close()
+
+
+def _length(part: Buffer) -> int:
+    return part.nbytes if isinstance(part, np.ndarray) else len(part)
+
+
+def _as_bytes(part: Buffer) -> memoryview:
+    # Arrays of several axes, and of types that Python has not, can be sent but not sliced as bytes.
+    return part.reshape(-1).view(np.uint8).data if isinstance(part, np.ndarray) else memoryview(part)
 
 
 def _unsent(parts: list[memoryview], sent: int) -> list[memoryview]:
@@ -154,14 +179,14 @@ class TlsStream:
             except ssl.SSLError as error:
                 raise ConnectionLostError(f"TLS failed: {error}") from None
 
-    def send(self, parts: Sequence[Buffer]) -> None:
+    def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
         """As Stream."""
-        for part in map(memoryview, parts):
+        for part in map(_as_bytes, parts):
             for start in range(0, len(part), _TLS_CHUNK_BYTES):
                 with self._lock:
                     self._tls.write(part[start : start + _TLS_CHUNK_BYTES])
                     encrypted = self._outgoing.read()
-                self._stream.send([encrypted])
+                self._stream.send([encrypted], while_stuck)
 
     def interrupt(self) -> None:
         """As Stream."""

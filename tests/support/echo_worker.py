@@ -1,7 +1,7 @@
 """A worker for tests, in a process of its own: argv is the secret in hexadecimal ("" for none). Prints its port.
 
 Site 0 gives back q. Site 1 keeps running sums of k and v in float64, as a cache would, and answers q + sum(k) + sum(v).
-Site 2 sleeps for ever. Other sites fail. SIGTERM drains.
+Site 2 sleeps for ever. Site 3 answers the array "rows" of the layout. Other sites fail. SIGTERM drains.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from transport import Attend, Hello, Release, Result, WorkerServer
+from transport import Attend, Hello, Layout, Release, Result, WorkerServer
 from transport.errors import RefusedError
 
 
 class EchoHandler:
     def __init__(self) -> None:
         self.total, self.released, self.sessions = np.zeros(()), 0, 0
+        self.layouts: dict[int, Mapping[str, np.ndarray]] = {}
 
     def hello(self, hello: Hello) -> Hello:
         if hello.page_budget > 1000:
@@ -28,6 +29,9 @@ class EchoHandler:
         self.total = np.zeros(())
         return Hello(fingerprint=hello.fingerprint, generation=hello.generation, page_budget=hello.page_budget // 2)
 
+    def layout(self, layout: Layout) -> None:
+        self.layouts[layout.slot] = layout.arrays
+
     def attend(self, attend: Attend) -> Result:
         if attend.site == 0:
             return Result(request_id=attend.request_id, out=attend.q)
@@ -35,6 +39,8 @@ class EchoHandler:
             assert attend.k is not None and attend.v is not None
             self.total = self.total + attend.k.astype(np.float64).sum() + attend.v.astype(np.float64).sum()
             return Result(request_id=attend.request_id, out=(attend.q + self.total).astype(np.float32))
+        if attend.site == 3:
+            return Result(request_id=attend.request_id, out=self.layouts[attend.layout]["rows"])
         if attend.site == 2:
             threading.Event().wait()
         raise ValueError(f"no site {attend.site}")

@@ -24,4 +24,4 @@ def feed(receiver: Any, data: bytes, chunks: Iterable[int] = ()) -> list[Any]:
 
 def joined(parts: Iterable[Any]) -> bytes:
     """The bytes of an encoded frame."""
-    return b"".join(map(bytes, parts))
+    return b"".join(parts)

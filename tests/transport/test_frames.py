@@ -23,15 +23,15 @@ KEY = b"k" * 32
 
 def frame_by_hand(number: int, type_: int, header: bytes, body: bytes, key: bytes | None = None) -> bytes:
     """The layout as the module's docstring has it, written independently."""
-    prefix = b"HJXF" + struct.pack("<BBHIQQ", 1, type_, 0, len(header), len(body), number)
-    frame = prefix + struct.pack("<I", zlib.crc32(prefix + header)) + header + body
+    checked = struct.pack("<BBHIQQ", 1, type_, 0, len(header), len(body), number) + header
+    frame = b"HJXF" + struct.pack("<I", zlib.crc32(checked)) + checked + body
     return frame + hmac.new(key, frame, hashlib.sha256).digest() if key else frame
 
 
 @pytest.mark.parametrize("key", [None, KEY])
 def test_encoder_writes_the_documented_layout(key):
     encoder = FrameEncoder(key)
-    assert joined(encoder.encode(7, b"head", [memoryview(b"bo"), memoryview(b"dy")])) == frame_by_hand(
+    assert joined(encoder.encode(7, b"head", [memoryview(b"bo"), memoryview(b"dy")], 4)) == frame_by_hand(
         0, 7, b"head", b"body", key
     )
     assert joined(encoder.encode(1, b"")) == frame_by_hand(1, 1, b"", b"", key)
@@ -96,11 +96,11 @@ def frames_before_refusal(decoder: FrameDecoder, stream: list[bytes]) -> int:
     ("at", "value", "error"),
     [
         (0, b"X", "begins with b'XJXF'; allowed: b'HJXF'"),
-        (4, b"\x02", "version 2 and reserved bits 0; allowed: 1 and 0"),
-        (6, b"\x01", "version 1 and reserved bits 1"),
-        (8, struct.pack("<I", MAX_HEADER_BYTES + 1), "a header of 65537 bytes; allowed: at most 65536"),
-        (12, struct.pack("<Q", 1001), "tensors of 1001 bytes in a frame; allowed: at most 1000"),
-        (20, b"\x05", "frame number 5 came; expected: 0"),
+        (8, b"\x02", "version 2 and reserved bits 0; allowed: 1 and 0"),
+        (10, b"\x01", "version 1 and reserved bits 1"),
+        (12, struct.pack("<I", MAX_HEADER_BYTES + 1), "a header of 65537 bytes; allowed: at most 65536"),
+        (16, struct.pack("<Q", 1001), "tensors of 1001 bytes in a frame; allowed: at most 1000"),
+        (24, b"\x05", "frame number 5 came; expected: 0"),
         (33, b"\x00", "checksum"),
     ],
 )
@@ -115,13 +115,13 @@ def test_encoder_refuses_what_no_decoder_takes():
     with pytest.raises(FrameError, match="65537 bytes; allowed"):
         FrameEncoder().encode(1, bytes(MAX_HEADER_BYTES + 1))
     with pytest.raises(FrameError, match="11 bytes in a frame; allowed: at most 10"):
-        FrameEncoder(limits=FrameLimits(max_body_bytes=10)).encode(1, b"", [memoryview(bytes(11))])
+        FrameEncoder(limits=FrameLimits(max_body_bytes=10)).encode(1, b"", [memoryview(bytes(11))], 11)
 
 
 @pytest.mark.parametrize("sent", [0, 100, 600_000, 5_000_000, 20_000_000])
 def test_a_claim_of_a_gigabyte_allocates_four_times_what_came_and_a_megabyte(sent):
-    prefix = struct.pack("<4sBBHIQQ", b"HJXF", 1, 1, 0, 0, 1 << 30, 0)
-    data = prefix + struct.pack("<I", zlib.crc32(prefix)) + bytes(sent)
+    checked = struct.pack("<BBHIQQ", 1, 1, 0, 0, 1 << 30, 0)
+    data = b"HJXF" + struct.pack("<I", zlib.crc32(checked)) + checked + bytes(sent)
     tracemalloc.start()
     try:
         assert feed(FrameDecoder(), data, [1 << 16] * 400) == []

@@ -63,10 +63,57 @@ def test_requests_of_many_sizes_in_flight_are_answered_in_kind(worker):
         for rows in (1, 0, 300, 5000, 7, 2000)
         for dtype in (np.float32, ml_dtypes.bfloat16, np.int8)
     ]
-    futures = [client.attend(site=0, layout={}, q=q) for q in queries]
+    futures = [client.attend(site=0, layout=0, q=q) for q in queries]
     for q, future in zip(queries, futures, strict=True):
         out = future.result(WAIT_S).out
         assert out.dtype == q.dtype and out.shape == q.shape and out.tobytes() == q.tobytes()
+    client.close()
+
+
+def test_layouts_are_kept_by_slot_until_replaced(worker):
+    client = worker.connect()
+    rows = [np.arange(n, dtype=np.int32) for n in range(5)]
+
+    def kept(slot: int) -> list[int]:
+        return client.attend(site=3, layout=slot, q=rows[0]).result(WAIT_S).out.tolist()
+
+    client.layout(slot=0, arrays={"rows": rows[3]})
+    client.layout(slot=63, arrays={"rows": rows[4]})
+    assert (kept(0), kept(63), kept(0)) == ([0, 1, 2], [0, 1, 2, 3], [0, 1, 2])
+    client.layout(slot=0, arrays={"rows": rows[2]})
+    assert (kept(0), kept(63)) == ([0, 1], [0, 1, 2, 3])
+    client.layout(slot=64, arrays={})
+    with pytest.raises(ConnectionLostError, match="a layout for slot 64; allowed: below 64"):
+        kept(0)
+    client.close()
+
+
+def test_several_threads_wait_for_answers_of_one_connection(worker):
+    client, failures = worker.connect(), []
+
+    def ask(seed: int) -> None:
+        chance = np.random.default_rng(seed)
+        for _ in range(60):
+            queries = [chance.integers(0, 9, chance.integers(1, 3000)).astype(np.int8) for _ in range(3)]
+            answers = [client.attend(site=0, layout=0, q=q) for q in queries]
+            for index in chance.permutation(3):
+                if answers[index].result(WAIT_S).out.tobytes() != queries[index].tobytes():
+                    failures.append(seed)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert not failures and not any(thread.is_alive() for thread in threads)
+    client.close()
+
+
+def test_large_requests_and_answers_at_once_do_not_block_each_other(worker):
+    client, large = worker.connect(), np.arange(1 << 25, dtype=np.uint8)  # more than sockets hold
+    answers = [client.attend(site=0, layout=0, q=large) for _ in range(4)]  # nobody waits yet
+    for answer in answers:
+        np.testing.assert_array_equal(answer.result(WAIT_S).out, large)
     client.close()
 
 
@@ -76,7 +123,7 @@ def test_requests_are_served_in_order_and_results_stay_valid(worker):
     for _ in range(40):
         q, k, v = (chance.integers(-8, 8, (300, 2, 64)).astype(np.float32) for _ in range(3))
         total += k.sum() + v.sum()
-        answers.append((q + total, client.attend(site=1, layout={}, q=q, k=k, v=v)))
+        answers.append((q + total, client.attend(site=1, layout=0, q=q, k=k, v=v)))
     results = [(expected, future.result(WAIT_S).out) for expected, future in answers]
     for expected, out in results:  # all are held at once: no receive buffer was used twice
         np.testing.assert_array_equal(out, expected)
@@ -89,8 +136,8 @@ def test_requests_are_served_in_order_and_results_stay_valid(worker):
 def test_a_failed_request_is_reported_and_the_worker_goes_on(worker):
     client = worker.connect()
     with pytest.raises(RemoteError, match="ValueError: no site 7"):
-        client.attend(site=7, layout={}, q=np.zeros(1, np.float32)).result(WAIT_S)
-    assert client.attend(site=0, layout={}, q=np.ones(2, np.int8)).result(WAIT_S).out.tolist() == [1, 1]
+        client.attend(site=7, layout=0, q=np.zeros(1, np.float32)).result(WAIT_S)
+    assert client.attend(site=0, layout=0, q=np.ones(2, np.int8)).result(WAIT_S).out.tolist() == [1, 1]
     client.close()
 
 
@@ -115,7 +162,7 @@ def test_the_handlers_own_refusal_reaches_the_engine(worker):
 
 def test_a_killed_worker_fails_what_is_pending_and_every_later_call(worker):
     client = worker.connect()
-    pending = [client.attend(site=2, layout={}, q=np.zeros(5, np.float32)) for _ in range(3)]
+    pending = [client.attend(site=2, layout=0, q=np.zeros(5, np.float32)) for _ in range(3)]
     worker.process.kill()
     for future in pending:
         with pytest.raises(ConnectionLostError, match="the worker is lost"):
@@ -170,7 +217,7 @@ def test_sigterm_tells_the_engine_to_drain(worker):
     assert not client.draining.is_set()
     worker.process.send_signal(signal.SIGTERM)
     assert client.draining.wait(WAIT_S)
-    assert client.attend(site=0, layout={}, q=np.ones(1, np.int8)).result(WAIT_S).out.tolist() == [1]
+    assert client.attend(site=0, layout=0, q=np.ones(1, np.int8)).result(WAIT_S).out.tolist() == [1]
     client.close()
 
 
@@ -199,7 +246,7 @@ def test_slow_strangers_are_closed_and_others_served_meanwhile():
         for stranger in strangers[:50]:
             stranger.sendall(b"J")  # a byte now and then gives no more time
         for _ in range(20):
-            client.attend(site=0, layout={}, q=np.ones(1000, np.float32)).result(WAIT_S)
+            client.attend(site=0, layout=0, q=np.ones(1000, np.float32)).result(WAIT_S)
         assert [_until_closed(stranger) for stranger in strangers] == [b""] * 100
         client.close()
         for stranger in strangers:
@@ -223,7 +270,7 @@ def test_tls_carries_the_same(tmp_path, secret):
         hello = Hello(fingerprint="", generation=1, page_budget=1)
         client = connect(*server.address, hello, secret=secret, tls=client_context)
         queries = [np.arange(n, dtype=np.float32) for n in (1, 100_000, 1_000_000)]
-        futures = [client.attend(site=0, layout={}, q=q) for q in queries]
+        futures = [client.attend(site=0, layout=0, q=q) for q in queries]
         for q, future in zip(queries, futures, strict=True):
             np.testing.assert_array_equal(future.result(WAIT_S).out, q)
         client.close()
@@ -251,7 +298,7 @@ class serving:
 
 def _send_for_ever(client: WorkerClient, q: np.ndarray) -> None:
     while True:  # blocks when the sockets' buffers are full: nothing is queued
-        client.attend(site=0, layout={}, q=q)
+        client.attend(site=0, layout=0, q=q)
 
 
 def _until_closed(sock: socket.socket) -> bytes:
