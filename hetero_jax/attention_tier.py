@@ -106,9 +106,10 @@ class AttentionTier:
         placed = {kernel: jax.device_put(kernel.needed_layout(layout), self.device) for kernel in set(self._kernels)}
         return [placed[kernel] for kernel in self._kernels]
 
-    def begin(self, arrays: tuple[jax.Array, ...]) -> None:
+    def begin(self, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Start to move what sites take here."""
         start_copy(arrays, self.device)
+        return arrays
 
     def attend(
         self, site: int, layouts: Sequence[AttentionLayout], inputs: Sequence[jax.Array]

@@ -18,6 +18,7 @@ from hetero_jax.engine import Engine
 from hetero_jax.errors import ConfigError, HeteroJaxError
 from hetero_jax.job import EXIT_CLEAN, EXIT_FAILED, JobConfig, run_job
 from hetero_jax.sampling_params import SamplingParams
+from hetero_jax.wire import WIRE_DTYPES
 from hetero_jax.worker import make_server
 from partition import PartitionError, Plan, partition
 from transport import TransportError
@@ -113,6 +114,8 @@ def _engine_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     _secret_flag(values)
+    text = "Type of rows on their way to workers and back."
+    flags.DEFINE_enum("wire_dtype", "bfloat16", list(WIRE_DTYPES), text, flag_values=values)
     flags.DEFINE_float("tier1_memory_gb", None, "Most memory to use on tier 1.", flag_values=values)
 
 
@@ -181,11 +184,18 @@ def _generate(values: dict[str, Any]) -> int:
             "kv_cache_dtype": config["kv_cache_dtype"],
             "seed": config["seed"],
             "max_model_len": config["max_model_len"],
+            **_rounding_on_the_wire(config, values["dtype"]),
         },
         on_error=values["on_error"],
         overwrite=values["overwrite"],
     )
     return run_job(job, lambda: _engine(values))
+
+
+def _rounding_on_the_wire(config: dict[str, Any], dtype: str) -> dict[str, str]:
+    """The wire's dtype where it changes outputs."""
+    exact = not config["workers"] or config["wire_dtype"] in ("float32", dtype)
+    return {} if exact else {"wire_dtype": config["wire_dtype"]}
 
 
 def _worker(values: dict[str, Any]) -> int:
@@ -235,7 +245,7 @@ def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
 
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches")
-    names += ("max_model_len", "tier1", "attention", "secret_file", "tier1_memory_gb", "seed")
+    names += ("max_model_len", "tier1", "attention", "secret_file", "wire_dtype", "tier1_memory_gb", "seed")
     config = {name: values[name] for name in names}
     return {
         **config,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hetero_jax.errors import ConfigError
+from hetero_jax.wire import WIRE_DTYPES
 
 KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -26,6 +27,8 @@ class EngineConfig:
     attention: "tier2" keeps the KV pools and the attention on the CPU; "tier1" puts both on the accelerator.
     workers: HOST:PORT of the workers that serve tier 2 in their own kv_cache_bytes; empty: this process does.
     secret_file: holds the secret shared with the workers, 16 bytes or more; needed unless all are on loopback.
+    wire_dtype: element type of rows on their way to workers and back, one of WIRE_DTYPES; float32 gives the tokens of
+      attention in this process, as does bfloat16 for a bfloat16 model. int8 has one f32 scale for each row and head.
     tier1_memory_gb: refuse a configuration that needs more than this on tier 1; None: no limit.
     seed: seed of sequences whose SamplingParams have none.
 
@@ -44,6 +47,7 @@ class EngineConfig:
     attention: Literal["tier1", "tier2"] = "tier2"
     workers: tuple[str, ...] = ()
     secret_file: str | None = None
+    wire_dtype: str = "bfloat16"
     tier1_memory_gb: float | None = None
     seed: int = 0
 
@@ -64,6 +68,7 @@ class EngineConfig:
         _check("attention", self.attention, away, "tier2, as there are workers")
         known = self.secret_file is None or bool(self.workers)
         _check("secret_file", self.secret_file, known, "None, as there are no workers")
+        _check("wire_dtype", self.wire_dtype, self.wire_dtype in WIRE_DTYPES, f"one of {WIRE_DTYPES}")
         limit = self.tier1_memory_gb
         _check("tier1_memory_gb", limit, limit is None or limit > 0, "more than 0")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1")

@@ -308,15 +308,17 @@ def _plan_of(model: models.LoadedModel | Plan, max_model_len: int | None) -> Pla
 def _attention_tier(
     config: EngineConfig, plan: Plan, dense: DenseTier, *, dtype: Any, device: Any, max_model_len: int
 ) -> AttentionTier | RemoteTier:
-    shape = {"page_size": config.page_size, "dtype": dtype, "device": device}
+    shape = {"page_size": config.page_size, "dtype": dtype}
     if not config.workers:
-        return AttentionTier(plan.sites, dense.prepared, kv_cache_bytes=config.kv_cache_bytes, **shape)
+        return AttentionTier(plan.sites, dense.prepared, kv_cache_bytes=config.kv_cache_bytes, device=device, **shape)
     return RemoteTier(
         plan.sites,
         dense.prepared,
         workers=config.workers,
         secret=read_secret(config.secret_file),
         max_pages=config.max_num_seqs * pages_for(max_model_len, config.page_size),
+        wire_dtype=config.wire_dtype,
+        tier1=dense.device,
         **shape,
     )
 

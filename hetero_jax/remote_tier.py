@@ -8,7 +8,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -19,18 +19,26 @@ from hetero_jax.devices import start_copy
 from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
 from hetero_jax.rows import select
+from hetero_jax.wire import from_wire, to_wire, wired_shape
 from partition import PlannedSite, Value
 from transport import MAX_LAYOUTS, Answer, Hello, Result, TransportError, WorkerClient, connect
 
 T = TypeVar("T")
 
 
-class PendingRows:
-    """The answer of a call that is on its way."""
+class Leaving(NamedTuple):
+    """Rows that are about to travel, and the dtype that they had before."""
 
-    def __init__(self, rows: Callable[[], np.ndarray]) -> None:
-        """rows: waits for [R, heads, v_head_dim]; raises WorkerError where the worker failed."""
-        self.rows = functools.cache(rows)
+    wired: jax.Array
+    dtype: Any
+
+
+class PendingRows:
+    """The answer of a call that is on its way. dtype: of the rows once they are here."""
+
+    def __init__(self, rows: Callable[[], np.ndarray], dtype: Any) -> None:
+        """rows: waits for [R, heads, v_head_dim] as wired; raises WorkerError where the worker failed."""
+        self.rows, self.dtype = functools.cache(rows), dtype
 
     def block_until_ready(self) -> PendingRows:
         """What `jax.block_until_ready` asks for."""
@@ -62,7 +70,7 @@ class Share:
 
 
 class RemoteTier:
-    """Serves `attend` by workers; rows travel in their own dtype.
+    """Serves `attend` by workers; rows travel in `wire_dtype`, converted on tier 1.
 
     A sequence's pages are on one worker. Pages are numbered one worker after another; `pool_pages` is how many each
     grants, `num_pages` all of them. A call's rows go to all workers at once and come together in their order.
@@ -74,7 +82,8 @@ class RemoteTier:
       secret: shared with all; None for loopback.
       max_pages: pages that can be used at most of one worker.
       page_size, dtype: of the pools.
-      device: of this process, where rows are before they leave and when they are back.
+      wire_dtype: one of WIRE_DTYPES.
+      tier1: where rows are before they leave and when they are back.
     Raises:
       ConfigError: a site that workers do not serve.
       WorkerError: a worker is not there, or refuses.
@@ -90,9 +99,12 @@ class RemoteTier:
         max_pages: int,
         page_size: int,
         dtype: Any,
-        device: Any,
+        wire_dtype: str,
+        tier1: Any,
     ) -> None:
-        self.device, self.place = device, f"worker {', '.join(workers)}"
+        self._tier1, self._wire_dtype = tier1, wire_dtype
+        self._host = jax.local_devices(backend="cpu")[0]
+        self.place = f"worker {', '.join(workers)}"
         self._page_size = page_size
         self._out_shapes = [(site.spec.num_heads, site.spec.v_head_dim) for site in sites if site.spec is not None]
         descriptions = describe(sites, weights, page_size=page_size, dtype=dtype)
@@ -116,24 +128,26 @@ class RemoteTier:
         )
         return [worker.place(rows, part) for worker, (rows, part) in zip(self._workers, parts, strict=True)]
 
-    def begin(self, arrays: tuple[jax.Array, ...]) -> None:
-        """Start to bring what travels to the host."""
-        start_copy(arrays, self.device)
+    def begin(self, arrays: tuple[jax.Array, ...]) -> list[Leaving]:
+        """Convert what travels, and start to bring it to the host."""
+        wired = to_wire(arrays, self._wire_dtype)
+        start_copy(wired, self._host)
+        return [Leaving(wired=array, dtype=row.dtype) for array, row in zip(wired, arrays, strict=True)]
 
-    def attend(self, site: int, layouts: Sequence[Share], inputs: Sequence[jax.Array]) -> PendingRows:
+    def attend(self, site: int, layouts: Sequence[Share], inputs: Sequence[Leaving]) -> PendingRows:
         """Send q, k and v of the rows on their way; `fetch` waits for the answers."""
-        arrays = [np.asarray(array) for array in inputs]
-        shape, dtype = (len(arrays[0]), *self._out_shapes[site]), arrays[0].dtype
+        arrays = [np.asarray(each.wired) for each in inputs]
+        shape = wired_shape((len(arrays[0]), *self._out_shapes[site]), self._wire_dtype)
         calls = [
             (share.rows, worker.attend(site, share.slot, [share.take(array) for array in arrays], shape[1:]))
             for worker, share in zip(self._workers, layouts, strict=True)
             if len(share.rows)
         ]
-        return PendingRows(lambda: _together(calls, shape, dtype))
+        return PendingRows(lambda: _together(calls, shape, arrays[0].dtype), inputs[0].dtype)
 
     def fetch(self, pending: PendingRows) -> tuple[jax.Array, ...]:
-        """[R, heads, v_head_dim] on this tier's device."""
-        return (jax.device_put(pending.rows(), self.device),)
+        """[R, heads, v_head_dim] on tier 1, in the dtype that q had there."""
+        return from_wire([jax.device_put(pending.rows(), self._tier1)], pending.dtype)
 
 
 def _by_name(layout: AttentionLayout) -> dict[str, np.ndarray]:

@@ -21,14 +21,15 @@ from partition import Plan, Value
 class Tier2(Protocol):
     """What serves the attention: `AttentionTier` in this process, `RemoteTier` elsewhere.
 
-    What `place_layout` gives goes into `attend`, and what that gives into `fetch`, for the rows [R, heads, v_head_dim].
+    What `place_layout` gives goes into `attend`, and so does what `begin` makes of each array that is sent; what that
+    gives goes into `fetch`, for the rows [R, heads, v_head_dim].
     """
 
     def place_layout(self, layout: AttentionLayout) -> Any: ...
 
-    def begin(self, arrays: tuple[jax.Array, ...]) -> None: ...
+    def begin(self, arrays: tuple[jax.Array, ...]) -> Sequence[Any]: ...
 
-    def attend(self, site: int, layouts: Any, inputs: Sequence[jax.Array]) -> Any: ...
+    def attend(self, site: int, layouts: Any, inputs: Sequence[Any]) -> Any: ...
 
     def fetch(self, pending: Any) -> tuple[jax.Array, ...]: ...
 
@@ -115,14 +116,14 @@ def run_stages(
     """D0 -> A0 -> ... -> A(L-1), leaving in `values` what the last stage reads; pauses where a tier is waited for."""
     plan, dense, attention, timings = tiers.plan, tiers.dense, tiers.attention, tiers.timings
     layouts = attention.place_layout(rows.layout)
-    sends: dict[tuple[int, int], jax.Array] = {}
+    sends: dict[tuple[int, int], Any] = {}  # as `attention` wants them
     for stage, site in zip(plan.stages, plan.sites, strict=False):
         with timings.measure("dense") as wait:
             writes, sent = dense.run(stage.index, tokens, positions, [values[value] for value in stage.reads])
             wait(writes, sent)
         values.update(zip(stage.writes, writes, strict=True))
-        sends.update({(send.site, send.index): array for send, array in zip(stage.sends, sent, strict=True)})
-        attention.begin(sent)
+        leaving = attention.begin(sent)
+        sends.update({(send.site, send.index): array for send, array in zip(stage.sends, leaving, strict=True)})
         yield
         inputs = [sends.pop((stage.index, index)) for index in range(len(site.inputs))]
         with timings.measure("attention") as wait:

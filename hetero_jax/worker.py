@@ -14,6 +14,7 @@ from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.described_site import read_description
 from hetero_jax.endpoint import read_secret, split_address
 from hetero_jax.errors import ConfigError
+from hetero_jax.wire import WIRE_DTYPES, from_wire, to_wire
 from transport import Attend, Handler, Hello, Layout, Release, Result, WorkerServer
 from transport.errors import RefusedError
 
@@ -55,9 +56,14 @@ class TierHandler(Handler):
             raise ConfigError("an attend without k and v; allowed: with them")
         if attend.layout not in self._layouts:
             raise ConfigError(f"an attend with layout {attend.layout}; allowed: one that was sent before")
-        inputs = [jax.device_put(array, self._tier.device) for array in (attend.q, attend.k, attend.v)]
-        (out,) = self._tier.attend(attend.site, self._layouts[attend.layout], inputs)
-        return Result(request_id=attend.request_id, out=np.asarray(out))
+        wired = [jax.device_put(array, self._tier.device) for array in (attend.q, attend.k, attend.v)]
+        dtype = wired[0].dtype.name
+        if dtype not in WIRE_DTYPES:
+            raise ConfigError(f"rows of {dtype}; allowed: {', '.join(WIRE_DTYPES)}")
+        rows = from_wire(wired, "float32") if dtype == "int8" else wired
+        out = self._tier.attend(attend.site, self._layouts[attend.layout], rows)
+        (answer,) = to_wire(out, dtype)
+        return Result(request_id=attend.request_id, out=np.asarray(answer))
 
     def release(self, release: Release) -> None:
         """As Handler: nothing, as the engine gives pages away again itself."""

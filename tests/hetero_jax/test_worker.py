@@ -36,7 +36,11 @@ def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret
             workers.enter_context(worker_process(f"--kv_cache_bytes={memory}M", *flags))[0] for memory in memories
         ]
         config = hj.EngineConfig(
-            workers=tuple(addresses), secret_file=secret, max_num_batched_tokens=64, max_model_len=128
+            workers=tuple(addresses),
+            secret_file=secret,
+            wire_dtype="float32",
+            max_num_batched_tokens=64,
+            max_model_len=128,
         )
         engine = hj.Engine(hj.load(str(smollm2_gguf)), config)
         short = [row for row in golden_rows() if len(row["prompt_ids"]) < 60][:12]
@@ -84,7 +88,7 @@ def _alibi_with_sinks(q, k, v, positions, *, sinks):
 def test_biases_windows_caps_and_sinks_travel_and_a_worker_serves_one_engine_after_another():
     prompts = [[n + 1, 2, 3, 5, 8, 13, 21] for n in range(3)]
     with worker_process("--kv_cache_bytes=1M") as (address, _):
-        config = hj.EngineConfig(workers=(address,))
+        config = hj.EngineConfig(workers=(address,), wire_dtype="float32")
         for small in (SmallModel(), SmallModel(attention=_alibi_with_sinks, extra={"sinks": (6,)})):
             params = small.params()
             plan = hj.partition(small, params, max_rows=64)
@@ -94,6 +98,37 @@ def test_biases_windows_caps_and_sinks_travel_and_a_worker_serves_one_engine_aft
             found = {int(each.id): list(each.token_ids) for each in engine.generate(prompts, sampling)}
             assert found == {n: _greedy(small, params, prompt, 12) for n, prompt in enumerate(prompts)}
             del engine  # which ends its session
+
+
+def _rounding_attention(q, k, v, positions):
+    """What bfloat16 on the wire makes of attention, in the model itself."""
+    rounded = (jax.lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7) for array in (q, k, v))
+    out = jax.nn.dot_product_attention(*rounded, is_causal=True)
+    return jax.lax.reduce_precision(out, exponent_bits=8, mantissa_bits=7)
+
+
+def test_rows_are_rounded_to_bfloat16_on_the_wire_and_nowhere_else():
+    prompts = [[n + 1, 2, 3, 5, 8, 13, 21] for n in range(3)]
+    small, params = SmallModel(), SmallModel().params()
+    with worker_process("--kv_cache_bytes=1M") as (address, _):
+        engine = hj.Engine(hj.partition(small, params, max_rows=64), hj.EngineConfig(workers=(address,)))
+        sampling = hj.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=1)
+        found = {int(each.id): each for each in engine.generate(prompts, sampling)}
+    oracle, plain = SmallModel(attention=_rounding_attention), SmallModel()
+    for n, prompt in enumerate(prompts):
+        tokens = list(found[n].token_ids)
+        assert tokens == _greedy(oracle, params, prompt, 12)
+        seen = [step[token] for step, token in zip(found[n].logprobs, tokens, strict=True)]
+        rounded, exact = (_logprobs(model, params, prompt, tokens) for model in (oracle, plain))
+        np.testing.assert_allclose(seen, rounded, atol=2e-5)
+        assert np.abs(np.subtract(seen, exact)).max() > 1e-4
+
+
+def _logprobs(model: SmallModel, params, prompt, tokens) -> np.ndarray:
+    """Of each token after those before it."""
+    ids = np.asarray([*prompt, *tokens])[None]
+    rows = jax.nn.log_softmax(model(params, ids, np.arange(ids.shape[1])[None])[0], axis=-1)
+    return np.asarray([rows[len(prompt) + i - 1, token] for i, token in enumerate(tokens)])
 
 
 def test_a_lost_worker_is_one_error_that_names_it():
