@@ -114,6 +114,8 @@ def _engine_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     _secret_flag(values)
+    text = "PEM file of the CAs of the workers' certificates; default: no TLS."
+    flags.DEFINE_string("tls_ca", None, text, flag_values=values)
     text = "Type of rows on their way to workers and back."
     flags.DEFINE_enum("wire_dtype", "bfloat16", list(WIRE_DTYPES), text, flag_values=values)
     flags.DEFINE_float("tier1_memory_gb", None, "Most memory to use on tier 1.", flag_values=values)
@@ -133,6 +135,8 @@ def _worker_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("listen", "127.0.0.1:7000", text, flag_values=values)
     _kv_cache_flag(values)
     _secret_flag(values)
+    flags.DEFINE_string("tls_cert", None, "PEM file of this worker's certificate: TLS.", flag_values=values)
+    flags.DEFINE_string("tls_key", None, "PEM file of its key.", flag_values=values)
 
 
 def _generate_flags(values: flags.FlagValues) -> None:
@@ -199,8 +203,9 @@ def _rounding_on_the_wire(config: dict[str, Any], dtype: str) -> dict[str, str]:
 
 
 def _worker(values: dict[str, Any]) -> int:
+    names = ("listen", "secret_file", "tls_cert", "tls_key")
     kv_cache_bytes = parse_bytes(values["kv_cache_bytes"])
-    server = make_server(listen=values["listen"], kv_cache_bytes=kv_cache_bytes, secret_file=values["secret_file"])
+    server = make_server(kv_cache_bytes=kv_cache_bytes, **{name: values[name] for name in names})
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not for tier 2
     print("listening on {}:{}".format(*server.address), flush=True)
     server.serve_forever()
@@ -245,7 +250,7 @@ def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
 
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches")
-    names += ("max_model_len", "tier1", "attention", "secret_file", "wire_dtype", "tier1_memory_gb", "seed")
+    names += ("max_model_len", "tier1", "attention", "secret_file", "tls_ca", "wire_dtype", "tier1_memory_gb", "seed")
     config = {name: values[name] for name in names}
     return {
         **config,

@@ -27,6 +27,7 @@ class EngineConfig:
     attention: "tier2" keeps the KV pools and the attention on the CPU; "tier1" puts both on the accelerator.
     workers: HOST:PORT of the workers that serve tier 2 in their own kv_cache_bytes; empty: this process does.
     secret_file: holds the secret shared with the workers, 16 bytes or more; needed unless all are on loopback.
+    tls_ca: PEM file of the CAs that sign the workers' certificates; None: no TLS.
     wire_dtype: element type of rows on their way to workers and back, one of WIRE_DTYPES; float32 gives the tokens of
       attention in this process, as does bfloat16 for a bfloat16 model. int8 has one f32 scale for each row and head.
     tier1_memory_gb: refuse a configuration that needs more than this on tier 1; None: no limit.
@@ -47,6 +48,7 @@ class EngineConfig:
     attention: Literal["tier1", "tier2"] = "tier2"
     workers: tuple[str, ...] = ()
     secret_file: str | None = None
+    tls_ca: str | None = None
     wire_dtype: str = "bfloat16"
     tier1_memory_gb: float | None = None
     seed: int = 0
@@ -66,8 +68,9 @@ class EngineConfig:
         _check("workers", self.workers, len(set(self.workers)) == len(self.workers), "each worker once")
         away = not self.workers or self.attention == "tier2"
         _check("attention", self.attention, away, "tier2, as there are workers")
-        known = self.secret_file is None or bool(self.workers)
-        _check("secret_file", self.secret_file, known, "None, as there are no workers")
+        for name in ("secret_file", "tls_ca"):
+            known = getattr(self, name) is None or bool(self.workers)
+            _check(name, getattr(self, name), known, "None, as there are no workers")
         _check("wire_dtype", self.wire_dtype, self.wire_dtype in WIRE_DTYPES, f"one of {WIRE_DTYPES}")
         limit = self.tier1_memory_gb
         _check("tier1_memory_gb", limit, limit is None or limit > 0, "more than 0")

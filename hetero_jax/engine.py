@@ -16,7 +16,7 @@ from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.config import EngineConfig
 from hetero_jax.dense_tier import DenseTier
 from hetero_jax.devices import place
-from hetero_jax.endpoint import read_secret
+from hetero_jax.endpoint import engine_tls, read_secret
 from hetero_jax.errors import ConfigError, RequestError
 from hetero_jax.outputs import Completion, Request
 from hetero_jax.pages import pages_for
@@ -316,6 +316,7 @@ def _attention_tier(
         dense.prepared,
         workers=config.workers,
         secret=read_secret(config.secret_file),
+        tls=engine_tls(config.tls_ca),
         max_pages=config.max_num_seqs * pages_for(max_model_len, config.page_size),
         wire_dtype=config.wire_dtype,
         tier1=dense.device,

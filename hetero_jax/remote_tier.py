@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import ssl
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +81,7 @@ class RemoteTier:
       weights: arrays of the weights that sites read.
       workers: HOST:PORT of each.
       secret: shared with all; None for loopback.
+      tls: of this side; None: no TLS.
       max_pages: pages that can be used at most of one worker.
       page_size, dtype: of the pools.
       wire_dtype: one of WIRE_DTYPES.
@@ -96,6 +98,7 @@ class RemoteTier:
         *,
         workers: Sequence[str],
         secret: bytes | None,
+        tls: ssl.SSLContext | None,
         max_pages: int,
         page_size: int,
         dtype: Any,
@@ -114,7 +117,7 @@ class RemoteTier:
             page_budget=max_pages,
             sites=descriptions,
         )
-        self._workers = [_Worker(address, hello, secret) for address in workers]
+        self._workers = [_Worker(address, hello, secret, tls) for address in workers]
         self.pool_pages = tuple(worker.num_pages for worker in self._workers)
         self.num_pages = sum(self.pool_pages)
         self.pool_bytes = sum(worker.pool_bytes for worker in self._workers)
@@ -166,10 +169,10 @@ def _together(
 class _Worker:
     """A connection whose errors name the worker."""
 
-    def __init__(self, address: str, hello: Hello, secret: bytes | None) -> None:
+    def __init__(self, address: str, hello: Hello, secret: bytes | None, tls: ssl.SSLContext | None) -> None:
         self._address = address
         host, port = split_address(address)
-        self._client: WorkerClient = self._guard(lambda: connect(host, port, hello, secret=secret))
+        self._client: WorkerClient = self._guard(lambda: connect(host, port, hello, secret=secret, tls=tls))
         weakref.finalize(self, self._client.close)  # its threads would keep it for ever
         self._free_slots = list(range(MAX_LAYOUTS))
         self.num_pages = self._client.welcome.page_budget

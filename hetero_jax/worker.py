@@ -12,7 +12,7 @@ import numpy as np
 from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.described_site import read_description
-from hetero_jax.endpoint import read_secret, split_address
+from hetero_jax.endpoint import read_secret, split_address, worker_tls
 from hetero_jax.errors import ConfigError
 from hetero_jax.wire import WIRE_DTYPES, from_wire, to_wire
 from transport import Attend, Handler, Hello, Layout, Release, Result, WorkerServer
@@ -101,16 +101,24 @@ def read_layout(arrays: Mapping[str, np.ndarray]) -> AttentionLayout:
     return AttentionLayout(**{name: arrays[name] for name in _LAYOUT})
 
 
-def make_server(*, listen: str, kv_cache_bytes: int, secret_file: str | None = None) -> WorkerServer:
+def make_server(
+    *,
+    listen: str,
+    kv_cache_bytes: int,
+    secret_file: str | None = None,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+) -> WorkerServer:
     """A worker's server, listening but not serving yet.
 
     Args:
       listen: HOST:PORT, the host in numbers; port 0: any free one.
+      tls_cert, tls_key: PEM files; None: no TLS.
     Raises:
-      ConfigError: no address.
+      ConfigError: no address, or a certificate without its key.
       TransportError: not loopback and no secret, or a secret that is too short.
-      OSError: the address or the file cannot be used.
+      OSError: the address or a file cannot be used.
     """
     host, port = split_address(listen)
     handler = TierHandler(kv_cache_bytes=kv_cache_bytes)
-    return WorkerServer(handler, host, port, secret=read_secret(secret_file))
+    return WorkerServer(handler, host, port, secret=read_secret(secret_file), tls=worker_tls(tls_cert, tls_key))

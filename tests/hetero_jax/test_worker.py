@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import hetero_jax as hj
+from certificate import loopback_certificate
 from golden import first_difference, golden_rows
 from hetero_jax.cli import main
 from hetero_jax.errors import ConfigError, WorkerError
@@ -131,6 +132,22 @@ def _logprobs(model: SmallModel, params, prompt, tokens) -> np.ndarray:
     return np.asarray([rows[len(prompt) + i - 1, token] for i, token in enumerate(tokens)])
 
 
+def test_jobs_run_over_tls_with_certificates_that_the_engine_trusts(tmp_path, capsys, secret_file):
+    certificate, key = loopback_certificate(tmp_path)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": 0, "prompt_token_ids": [1, 2]}) + "\n")
+    (tmp_path / "other").mkdir()
+    stranger, _ = loopback_certificate(tmp_path / "other")
+    files = [f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", f"--secret_file={secret_file}"]
+    generate = ["hetero-jax", "generate", "--model=random:tiny", "--max_model_len=64", "--max_tokens=3", *files]
+    tls = (f"--tls_cert={certificate}", f"--tls_key={key}")
+    with worker_process("--kv_cache_bytes=1M", f"--secret_file={secret_file}", *tls) as (address, _):
+        for flags in ([], [f"--tls_ca={stranger}"]):
+            assert main([*generate, f"--workers={address}", *flags]) == 1
+            assert f"worker {address}: " in capsys.readouterr().err
+        assert main([*generate, f"--workers={address}", f"--tls_ca={certificate}"]) == 0
+    assert len(json.loads((tmp_path / "out.jsonl").read_text())["token_ids"]) == 3
+
+
 def test_a_lost_worker_is_one_error_that_names_it():
     small = SmallModel()
     with worker_process("--kv_cache_bytes=1M") as (address, process):
@@ -180,6 +197,8 @@ def test_a_wrong_secret_is_refused(tmp_path, capsys, secret_file, secret, messag
         (["--listen=7000"], "address '7000'; allowed: HOST:PORT"),
         (["--listen=127.0.0.1:0", "--kv_cache_bytes=lots"], "kv_cache_bytes='lots'"),
         (["--listen=127.0.0.1:0", "--secret_file=no/such.key"], "No such file"),
+        (["--listen=127.0.0.1:0", "--tls_cert=a.pem"], "tls_cert='a.pem', tls_key=None; allowed: both or neither"),
+        (["--listen=127.0.0.1:0", "--tls_cert=a.pem", "--tls_key=b.pem"], "No such file"),
     ],
 )
 def test_a_worker_that_cannot_begin_says_why(capsys, flags, message):

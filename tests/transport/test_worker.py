@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import ssl
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 import echo_worker
+from certificate import loopback_certificate
 from transport import Hello, Timing, WorkerClient, WorkerServer, connect
 from transport.errors import (
     AuthenticationError,
@@ -313,10 +313,7 @@ def _until_closed(sock: socket.socket) -> bytes:
 
 
 def _tls_contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", os.fspath(key), "-out", os.fspath(certificate)]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    certificate, key = loopback_certificate(folder)
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(certificate, key)
-    return server, ssl.create_default_context(cafile=os.fspath(certificate))
+    return server, ssl.create_default_context(cafile=certificate)
