@@ -9,6 +9,7 @@ corner of the largest array.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition.errors import TraceError
-from partition.jaxpr import Equation, Program, Value, trace
+from partition.jaxpr import Equation, Program, Value, trace_onto
 
 # 2 GiB of float32; NumPy makes masks of ones of 8 bytes each.
 _LARGEST_ENTRIES = 1 << 29
@@ -46,9 +47,8 @@ class Captured:
         made: list[Equation] = []
         for number, make in self.squares.items():
             square = values[number]
-            traced = trace(lambda make=make: make(rows))
-            where = _where(program, square)
-            *others, last = (dataclasses.replace(eqn, where=where) for eqn in traced.equations)
+            traced = trace_onto([], functools.partial(make, rows), _where(program, square))
+            *others, last = traced.equations
             made += [*others, dataclasses.replace(last, outputs=(square,))]
             del constants[square]
             constants.update(traced.constants)

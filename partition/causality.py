@@ -135,9 +135,16 @@ class _Probe:
 
         outputs, pull = jax.vjp(run, *operands)
         draw = np.random.default_rng(2)
-        slopes = pull(tuple(jnp.asarray(draw.normal(size=out.shape), out.dtype) for out in outputs))
+        slopes = pull(tuple(_cotangent(out, draw.normal(size=out.shape)) for out in outputs))
         shaped = [
             jnp.zeros(array.shape, jnp.float32) if slope.dtype == jax.dtypes.float0 else slope
             for slope, array in zip(slopes, operands, strict=True)
         ]
         return outputs, shaped
+
+
+def _cotangent(out: jax.Array, drawn: Array) -> Any:
+    """Counts, of no float type, have no derivative."""
+    if jnp.issubdtype(out.dtype, jnp.floating):
+        return jnp.asarray(drawn, out.dtype)
+    return np.zeros(out.shape, jax.dtypes.float0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -94,6 +94,18 @@ def trace(fn: Callable[..., Any], *args: Any, rows: int | None = None) -> Progra
         equations=tuple(live(flattener.equations, outputs)),
         constants=flattener.constants,
     )
+
+
+def trace_onto(values: Sequence[Value], fn: Callable[..., Any], where: str) -> Program:
+    """The program of `fn` on values of another program, to be put into that at the model's line `where`."""
+    traced = trace(fn, *(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values))
+    known = dict(zip(traced.inputs, values, strict=True))
+    equations = (
+        replace(eqn, inputs=tuple(known.get(value, value) for value in eqn.inputs), where=where)
+        for eqn in traced.equations
+    )
+    outputs = tuple(known.get(value, value) for value in traced.outputs)
+    return Program(inputs=tuple(values), outputs=outputs, equations=tuple(equations), constants=traced.constants)
 
 
 def live(equations: Sequence[Equation], outputs: Sequence[Value]) -> list[Equation]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partition.jaxpr import Equation, Program, Value, live, trace
+from partition.jaxpr import Equation, Program, Value, live, trace_onto
 from partition.structure import producers
 
 
@@ -149,12 +149,8 @@ class _Mapper:
         return dataclasses.replace(self.source, outputs=outputs, equations=equations, constants=self.constants)
 
     def _add(self, source: Equation, fn: Callable[..., Sequence[Any]], operands: Sequence[Value]) -> None:
-        """The equations of `fn`, which gives the outputs of `source` for every row, at the model's line of that."""
-        traced = trace(fn, *(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in operands))
+        """The equations of `fn`, which gives the outputs of `source` for every row."""
+        traced = trace_onto(operands, fn, source.where)
         self.constants.update(traced.constants)
-        known = dict(zip(traced.inputs, operands, strict=True))
-        for eqn in traced.equations:
-            inputs = tuple(known.get(value, value) for value in eqn.inputs)
-            self.equations.append(dataclasses.replace(eqn, inputs=inputs, where=source.where))
-        made = (known.get(value, value) for value in traced.outputs)
-        self.mapped.update(zip(source.outputs, made, strict=True))
+        self.equations += traced.equations
+        self.mapped.update(zip(source.outputs, traced.outputs, strict=True))

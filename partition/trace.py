@@ -19,6 +19,7 @@ from partition.forward import Forward
 from partition.jaxpr import Equation, Program, Value, trace
 from partition.last_row import every_row
 from partition.rules import resized_params
+from partition.running_count import count_by_attention
 from partition.structure import closure, producers
 
 _LARGEST_TRACE_ROWS = 1021
@@ -114,7 +115,8 @@ def _as_written(forward: Forward, rows: int) -> Program:
 
 
 def _made_plain(program: Program, rows: int, captured: Captured) -> Program:
-    return split_extras(every_row(captured.resolved(program, rows), rows), rows)
+    resolved = captured.resolved(program, rows)
+    return split_extras(every_row(count_by_attention(resolved, rows), rows), rows)
 
 
 def _counts(program: Program, rows: int, other: Program, other_rows: int) -> dict[Value, tuple[int, int]]:

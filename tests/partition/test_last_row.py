@@ -77,7 +77,14 @@ def test_cached_decoding_gives_logits_of_every_token(name):
     bound = 1e-5 * np.abs(expected).max()
     assert np.abs(np.ravel(model(params, ids, positions)) - expected[-1]).max() <= bound  # the two heads are one
     assert np.abs(decode(plan, params, sequences)[0] - expected).max() <= bound
-    assert plan.verify(params, sequences[0].tolist()).logits <= 1e-5
+
+
+def test_verification_compares_the_last_token_with_the_plain_model():
+    model = HeadedModel(head=_of_length)
+    params = model.params()
+    found = partition(model, params, max_rows=64).verify(params, [3, 0, 0, 7, 1, 0, 2, 9])
+    assert max(*found.stages, *found.sites, found.logits) <= 1e-5
+    assert found.logits > 0  # the last token's were compared
 
 
 REFUSED = {
