@@ -92,17 +92,16 @@ class AttentionTier:
         return sum(array.nbytes for array in jax.tree.leaves(self._pools))
 
     @property
-    def pool_pages(self) -> tuple[int, ...]:
-        """Pages of each pool that sequences may be in: one."""
-        return (self.num_pages,)
-
-    @property
     def num_sites(self) -> int:
         """Sites that it serves."""
         return len(self._kernels)
 
-    def place_layout(self, layout: AttentionLayout) -> list[AttentionLayout]:
-        """What each site needs of the layout, on this tier's device: once per microbatch, not once per site."""
+    def place_layout(self, layout: AttentionLayout, pools: Sequence[int] = ()) -> list[AttentionLayout]:
+        """What each site needs of the layout, on this tier's device: once per microbatch, not once per site.
+
+        Args:
+          pools: of each sequence; this tier has but one.
+        """
         placed = {kernel: jax.device_put(kernel.needed_layout(layout), self.device) for kernel in set(self._kernels)}
         return [placed[kernel] for kernel in self._kernels]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,6 +119,8 @@ def _engine_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("tls_ca", None, text, flag_values=values)
     text = "Type of rows on their way to workers and back."
     flags.DEFINE_enum("wire_dtype", "bfloat16", list(WIRE_DTYPES), text, flag_values=values)
+    _seconds_flag(values, "step_timeout_s", "A worker that answers nothing for so long is lost.")
+    _seconds_flag(values, "worker_wait_s", "How long to wait where every worker is lost.")
     flags.DEFINE_float("tier1_memory_gb", None, "Most memory to use on tier 1.", flag_values=values)
 
 
@@ -128,6 +131,10 @@ def _kv_cache_flag(values: flags.FlagValues) -> None:
 def _secret_flag(values: flags.FlagValues) -> None:
     text = "File of the secret that engine and worker share; needed off loopback."
     flags.DEFINE_string("secret_file", None, text, flag_values=values)
+
+
+def _seconds_flag(values: flags.FlagValues, name: str, text: str) -> None:
+    flags.DEFINE_float(name, getattr(EngineConfig(), name), text, flag_values=values)
 
 
 def _worker_flags(values: flags.FlagValues) -> None:
@@ -208,7 +215,9 @@ def _worker(values: dict[str, Any]) -> int:
     server = make_server(kv_cache_bytes=kv_cache_bytes, **{name: values[name] for name in names})
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not for tier 2
     print("listening on {}:{}".format(*server.address), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: server.drain("SIGTERM"))
     server.serve_forever()
+    server.stop()
     return EXIT_CLEAN
 
 
@@ -250,7 +259,8 @@ def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
 
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches")
-    names += ("max_model_len", "tier1", "attention", "secret_file", "tls_ca", "wire_dtype", "tier1_memory_gb", "seed")
+    names += ("max_model_len", "tier1", "attention", "secret_file", "tls_ca", "wire_dtype", "step_timeout_s")
+    names += ("worker_wait_s", "tier1_memory_gb", "seed")
     config = {name: values[name] for name in names}
     return {
         **config,

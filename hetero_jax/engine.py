@@ -16,48 +16,21 @@ from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.config import EngineConfig
 from hetero_jax.dense_tier import DenseTier
 from hetero_jax.devices import place
-from hetero_jax.endpoint import engine_tls, read_secret
+from hetero_jax.engine_stats import EngineStats
 from hetero_jax.errors import ConfigError, RequestError
 from hetero_jax.outputs import Completion, Request
-from hetero_jax.pages import pages_for
 from hetero_jax.remote_tier import RemoteTier
 from hetero_jax.rows import pack
 from hetero_jax.sampling_params import SamplingParams
-from hetero_jax.scheduler import Batch, Scheduler, SchedulerConfig
+from hetero_jax.scheduler import Scheduler
+from hetero_jax.scheduler_types import Batch, SchedulerConfig
 from hetero_jax.sequence import RequestGroup, SequenceState, failed
 from hetero_jax.text import TextStream
+from hetero_jax.tier2 import make_tier2
 from hetero_jax.walk import Tiers, Timings, Walk
 from partition import Plan, partition
 
 Prompt = str | Sequence[int] | Request
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """Counters since the engine was made. The *_s fields but total_s count while `engine.profile` is set."""
-
-    sequences_done: int = 0
-    sequences_total: int = 0
-    tokens_generated: int = 0
-    rows_computed: int = 0
-    steps: int = 0
-    preemptions: int = 0
-    pages_used: int = 0
-    pages_total: int = 0
-    total_s: float = 0.0
-    dense_s: float = 0.0
-    attention_s: float = 0.0
-    sample_s: float = 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Generated tokens per second while generating."""
-        return self.tokens_generated / self.total_s if self.total_s else 0.0
-
-    @property
-    def host_s(self) -> float:
-        """Python, scheduler and dispatch: what is left of the total (if `engine.profile` was set all along)."""
-        return self.total_s - self.dense_s - self.attention_s - self.sample_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,27 +73,27 @@ class Engine:
         self.max_model_len = self.config.max_model_len or plan.max_rows
         dtype = jnp.dtype(self.config.kv_cache_dtype or _float_dtype(params))
         self._dense = DenseTier(self.plan, params, device=placement.tier1)
-        self._attention = _attention_tier(
+        self._attention, self._fleet = make_tier2(
             self.config, self.plan, self._dense, dtype=dtype, device=placement.tier2, max_model_len=self.max_model_len
         )
         _check_tier1_memory(self.config, self._dense, self._attention)
         self._scheduler = Scheduler(
             SchedulerConfig(
-                num_pages=self._attention.num_pages,
-                pool_pages=self._attention.pool_pages,
                 page_size=self.config.page_size,
                 max_num_batched_tokens=self.config.max_num_batched_tokens,
                 max_num_seqs=self.config.max_num_seqs,
                 num_microbatches=self.config.num_microbatches,
                 max_model_len=self.max_model_len,
                 window=self.plan.window,
-            )
+            ),
+            pools={0: self._attention.num_pages} if self._fleet is None else {},
         )
+        self._follow_workers()
         self._timings = Timings()
         self._tiers = Tiers(self.plan, self._dense, self._attention, self._timings)
         self._sequences: dict[int, SequenceState] = {}
         self._next_id = 0
-        self._stats = EngineStats(pages_total=self._attention.num_pages)
+        self._stats = EngineStats()
 
     def __repr__(self) -> str:
         pages = f"{self._attention.num_pages} KV pages of {self.config.page_size} tokens"
@@ -145,7 +118,9 @@ class Engine:
         return replace(
             self._stats,
             pages_used=self._scheduler.pages_used,
+            pages_total=self._scheduler.pages_total,
             preemptions=self._scheduler.num_preemptions,
+            workers_lost=0 if self._fleet is None else self._fleet.num_lost,
             **{f"{part}_s": seconds for part, seconds in self._timings.seconds.items()},
         )
 
@@ -252,12 +227,21 @@ class Engine:
         """Keep microbatches in flight, one step each in turn, so that one is on tier 1 while another is on tier 2."""
         while self._scheduler.has_unfinished or in_flight:
             start_s = time.perf_counter()
+            self._follow_workers()
             while (batch := self._scheduler.schedule()) is not None:
                 in_flight[batch.batch_id] = self._walk(batch)
+            if not in_flight:
+                assert self._fleet is not None, "a pool that stays can always go on"
+                self._fleet.wait(self._scheduler)
             done = [batch_id for batch_id, walk in in_flight.items() if walk.step()]
+            self._follow_workers()  # what comes back from one that was lost on the way counts for nothing
             found = [each for batch_id in done for each in self._complete(batch_id, in_flight.pop(batch_id))]
             self._add(total_s=time.perf_counter() - start_s)
             yield from found
+
+    def _follow_workers(self) -> None:
+        if self._fleet is not None:
+            self._fleet.follow(self._scheduler)
 
     def _walk(self, batch: Batch) -> Walk:
         rows = pack(
@@ -272,7 +256,10 @@ class Engine:
         """Give a microbatch's tokens to their sequences and its places back to the scheduler."""
         finished: dict[int, bool] = {}
         completions: list[Completion] = []
+        lost = self._scheduler.lost_in(batch_id)
         for row, seq_id in enumerate(walk.rows.samplers):
+            if seq_id in lost:
+                continue
             sequence = self._sequences.get(seq_id)
             if sequence is None or walk.sampled is None:  # its caller has stopped listening
                 finished[seq_id] = True
@@ -303,25 +290,6 @@ def _plan_of(model: models.LoadedModel | Plan, max_model_len: int | None) -> Pla
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model.forward.params)):
         raise ConfigError("the plan was made from shapes alone; allowed: a plan of parameters that are arrays")
     return model
-
-
-def _attention_tier(
-    config: EngineConfig, plan: Plan, dense: DenseTier, *, dtype: Any, device: Any, max_model_len: int
-) -> AttentionTier | RemoteTier:
-    shape = {"page_size": config.page_size, "dtype": dtype}
-    if not config.workers:
-        return AttentionTier(plan.sites, dense.prepared, kv_cache_bytes=config.kv_cache_bytes, device=device, **shape)
-    return RemoteTier(
-        plan.sites,
-        dense.prepared,
-        workers=config.workers,
-        secret=read_secret(config.secret_file),
-        tls=engine_tls(config.tls_ca),
-        max_pages=config.max_num_seqs * pages_for(max_model_len, config.page_size),
-        wire_dtype=config.wire_dtype,
-        tier1=dense.device,
-        **shape,
-    )
 
 
 def _float_dtype(params: Any) -> Any:

@@ -15,15 +15,14 @@ def pages_for(num_positions: int, page_size: int) -> int:
 
 
 class PageAllocator:
-    """Hands out page numbers in [first_page, first_page + num_pages), all or nothing.
+    """Hands out page numbers below `num_pages`, all or nothing.
 
     The order depends on the calls only. Pages freed last are given first: they are the ones that the caches may still
     know.
     """
 
-    def __init__(self, num_pages: int, first_page: int = 0) -> None:
-        self._first = first_page
-        self._free = list(range(first_page + num_pages - 1, first_page - 1, -1))  # a stack; the next one is at the end
+    def __init__(self, num_pages: int) -> None:
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack; the next one is at the end
         self._in_use = bytearray(num_pages)
 
     @property
@@ -47,14 +46,13 @@ class PageAllocator:
         pages = self._free[split:][::-1]
         del self._free[split:]
         for page in pages:
-            self._in_use[page - self._first] = 1
+            self._in_use[page] = 1
         return pages
 
     def free(self, pages: Iterable[int]) -> None:
         """Takes pages back. A page that is not in use is a bug of the caller, hence an assertion."""
         for page in pages:
-            index = page - self._first
-            in_use = 0 <= index < len(self._in_use) and self._in_use[index]
+            in_use = 0 <= page < len(self._in_use) and self._in_use[page]
             assert in_use, f"page {page} is not in use"
-            self._in_use[index] = 0
+            self._in_use[page] = 0
             self._free.append(page)

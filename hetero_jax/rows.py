@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetero_jax.attention_layout import TILE_ROWS, AttentionLayout, slots_of
-from hetero_jax.scheduler import Batch, Chunk
+from hetero_jax.scheduler_types import Batch, Chunk
 
 # XLA CPU multiplies a single row by another routine, with other bits; from 2 rows on a row's bits do not depend on
 # how many there are (measured for 2 to 512).
@@ -22,6 +22,7 @@ class PackedRows:
     tokens, positions: [R] int32. layout: rows to sequences and pages.
     sampled: [S] int32 rows whose logits are wanted, padded with row 0; sequence i of `samplers` owns sampled[i].
     samplers: sequences that sample, in order.
+    pools: of each sequence of the layout, without padding.
     num_rows: rows before padding.
     """
 
@@ -30,6 +31,7 @@ class PackedRows:
     layout: AttentionLayout
     sampled: np.ndarray
     samplers: tuple[int, ...]
+    pools: tuple[int, ...]
     num_rows: int
 
 
@@ -66,6 +68,7 @@ def pack(
         layout=_layout(chunks, starts, slots),
         sampled=sampled,
         samplers=tuple(chunks[index].seq_id for index in samplers),
+        pools=tuple(chunk.pool for chunk in chunks),
         num_rows=batch.num_rows,
     )
 
@@ -83,25 +86,25 @@ def _layout(chunks: Sequence[Chunk], starts: np.ndarray, slots: np.ndarray) -> A
 
 
 def select(
-    layout: AttentionLayout, *, first_page: int, num_pages: int, page_size: int
+    layout: AttentionLayout, chosen: np.ndarray, *, num_pages: int, page_size: int
 ) -> tuple[np.ndarray, AttentionLayout]:
-    """The sequences whose pages are [first_page, first_page + num_pages): their rows, and a layout of these alone.
+    """Rows of some sequences, and a layout of these alone.
 
+    Args:
+      chosen: [m] sequences of the layout, all in one pool of `num_pages`.
     Returns:
-      [n] rows of the call, and the layout of a call of bucket(n) rows, pages numbered from 0.
+      [n] rows of the call, and the layout of a call of bucket(n) rows.
     """
-    owned = (layout.page_table[:, 0] >= first_page) & (layout.page_table[:, 0] < first_page + num_pages)
-    chosen = np.flatnonzero((layout.num_rows > 0) & owned)
     count = bucket(len(chosen) + 1, 8)
     page_table = np.zeros((count, layout.page_table.shape[1]), np.int32)
     first_row, num_rows, context = (np.zeros(count, np.int32) for _ in range(3))
     here = slice(0, len(chosen))
-    page_table[here] = np.maximum(layout.page_table[chosen] - first_page, 0)  # padding is page 0
+    page_table[here] = layout.page_table[chosen]
     num_rows[here], context[here] = layout.num_rows[chosen], layout.context[chosen]
     first_row[here] = np.cumsum(num_rows[here]) - num_rows[here]
     rows = np.concatenate([np.arange(0), *(layout.first_row[i] + np.arange(layout.num_rows[i]) for i in chosen)])
     slots = np.full(bucket(len(rows), _SMALLEST_BUCKET), num_pages * page_size, np.int32)
-    slots[: len(rows)] = layout.row_slot[rows] - first_page * page_size
+    slots[: len(rows)] = layout.row_slot[rows]
     return rows, _with_tiles(page_table, first_row, num_rows, context, slots)
 
 

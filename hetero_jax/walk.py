@@ -22,10 +22,11 @@ class Tier2(Protocol):
     """What serves the attention: `AttentionTier` in this process, `RemoteTier` elsewhere.
 
     What `place_layout` gives goes into `attend`, and so does what `begin` makes of each array that is sent; what that
-    gives goes into `fetch`, for the rows [R, heads, v_head_dim].
+    gives goes into `fetch`, for the rows [R, heads, v_head_dim]. Rows of a pool that is lost on the way come back as
+    something finite.
     """
 
-    def place_layout(self, layout: AttentionLayout) -> Any: ...
+    def place_layout(self, layout: AttentionLayout, pools: Sequence[int]) -> Any: ...
 
     def begin(self, arrays: tuple[jax.Array, ...]) -> Sequence[Any]: ...
 
@@ -115,7 +116,7 @@ def run_stages(
 ) -> Iterator[None]:
     """D0 -> A0 -> ... -> A(L-1), leaving in `values` what the last stage reads; pauses where a tier is waited for."""
     plan, dense, attention, timings = tiers.plan, tiers.dense, tiers.attention, tiers.timings
-    layouts = attention.place_layout(rows.layout)
+    layouts = attention.place_layout(rows.layout, rows.pools)
     sends: dict[tuple[int, int], Any] = {}  # as `attention` wants them
     for stage, site in zip(plan.stages, plan.sites, strict=False):
         with timings.measure("dense") as wait:

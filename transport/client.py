@@ -48,6 +48,8 @@ class WorkerClient:
 
     welcome: the worker's Hello, with what it grants.
     draining: set once the worker is about to leave.
+    failure: why the worker is lost; None while it is there.
+    answered_s: when the last answer came, on the monotonic clock.
 
     A lost worker fails all answers, and every later call, with ConnectionLostError.
     """
@@ -60,7 +62,8 @@ class WorkerClient:
         self._peer = peer
         self._ids = itertools.count(1)
         self._pending: dict[int, Answer[Any]] = {}
-        self._failure: TransportError | None = None
+        self.failure: TransportError | None = None
+        self.answered_s = time.monotonic()
         peer.start(lambda: Ping(token=time.monotonic_ns()))
         self._reader = Reader(peer.receive, self._take, self._end)
 
@@ -109,11 +112,11 @@ class WorkerClient:
         self._peer.send(message, self._reader.while_stuck)
 
     def _check(self) -> None:
-        if self._failure is not None:
-            raise ConnectionLostError(f"the worker is lost: {self._failure}")
+        if self.failure is not None:
+            raise ConnectionLostError(f"the worker is lost: {self.failure}")
 
     def _end(self, error: TransportError) -> None:
-        self._failure = error
+        self.failure = error
         self._peer.close()
         while self._pending:
             _, answer = self._pending.popitem()
@@ -139,6 +142,7 @@ class WorkerClient:
         answer = self._pending.pop(request_id, None)
         if answer is None:
             raise FrameError(f"an answer to request {request_id}, which is not pending")
+        self.answered_s = time.monotonic()
         return answer
 
 

@@ -37,6 +37,7 @@ from transport.streams import check_address, open_stream
 
 _logger = logging.getLogger(__name__)
 _BACKLOG = 256
+_TICK_S = 1.0  # a signal that comes right before the wait for a connection does not interrupt it
 _MAX_CONNECTIONS = 2048  # threads; most of them wait for bytes
 
 
@@ -80,7 +81,7 @@ class WorkerServer:
     """Serves a handler to one engine at a time; whoever else connects costs a waiting thread until it is refused.
 
     Of one plan, a newer generation takes over from an older one (an engine that lost its connection or was started
-    again); another plan is refused as long as the present one has a session.
+    again); another plan is refused as long as the present one has a session, and everyone once it drains.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class WorkerServer:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
         )
         self._connections: dict[socket.socket, threading.Thread] = {}
-        self._sessions = _Sessions(handler, self._timing.handshake_s)
+        self._sessions = _Sessions(handler, self._timing.handshake_s, self._stop_accepting)
         self._stopping = False
 
     @property
@@ -118,10 +119,13 @@ class WorkerServer:
         return self._listener.getsockname()[:2]
 
     def serve_forever(self) -> None:
-        """Accept and serve until `stop` is called by another thread or a signal's handler."""
+        """Accept and serve until `stop` is called, or `drain` has come to its end."""
+        self._listener.settimeout(_TICK_S)
         while not self._stopping:
             try:
                 sock, _ = self._listener.accept()
+            except TimeoutError:
+                continue
             except OSError:
                 if self._stopping:
                     return
@@ -134,17 +138,23 @@ class WorkerServer:
             thread.start()
 
     def drain(self, reason: str) -> None:
-        """Tell the engine that this worker is about to leave."""
-        self._sessions.send(Drain(reason=reason))
+        """Leave once the engine lets go, which it does when it has moved its sequences; at once where there is none.
+
+        `serve_forever` then returns. May be called by another thread or by a signal's handler.
+        """
+        self._sessions.drain(reason)
 
     def stop(self) -> None:
         """End all connections and `serve_forever`; waits for the handler."""
-        self._stopping = True
-        _shutdown(self._listener)
+        self._stop_accepting()
         self._listener.close()
         for sock, thread in list(self._connections.items()):
             _shutdown(sock)
             thread.join()
+
+    def _stop_accepting(self) -> None:
+        self._stopping = True
+        _shutdown(self._listener)
 
     def _serve(self, sock: socket.socket) -> None:
         try:
@@ -184,8 +194,10 @@ class WorkerServer:
 class _Sessions:
     """Which peer has the handler's ear."""
 
-    def __init__(self, handler: Handler, patience_s: float) -> None:
-        self._handler, self._patience_s = handler, patience_s
+    def __init__(self, handler: Handler, patience_s: float, left: Callable[[], None]) -> None:
+        """left: called once it drains and there is no session."""
+        self._handler, self._patience_s, self._left = handler, patience_s, left
+        self._draining = ""  # why
         self._lock = threading.Lock()  # around beginnings
         self._peer: Peer | None = None
         self._ended = threading.Event()
@@ -206,12 +218,20 @@ class _Sessions:
         if self._peer is peer:
             self._peer = None
             self._ended.set()
+            if self._draining:
+                self._left()
 
-    def send(self, message: Message) -> None:
-        if (peer := self._peer) is not None:
-            peer.send(message)
+    def drain(self, reason: str) -> None:
+        self._draining = reason
+        if (peer := self._peer) is None:
+            self._left()
+            return
+        with contextlib.suppress(ConnectionLostError):  # the session ends by itself
+            peer.send(Drain(reason=reason))
 
     def _check(self, hello: Hello) -> None:
+        if self._draining:
+            raise RefusedError(f"the worker is about to leave: {self._draining}")
         fingerprint = self._fingerprint if self._peer is not None else None
         check_hello(theirs=hello, protocol_version=PROTOCOL_VERSION, fingerprint=fingerprint)
         if hello.fingerprint == self._fingerprint and hello.generation <= self._generation:

@@ -11,7 +11,8 @@ import pytest
 
 from experiments.bench_engine import head_starts
 from experiments.bench_point import Point
-from hetero_jax.scheduler import Scheduler, SchedulerConfig
+from hetero_jax.scheduler import Scheduler
+from hetero_jax.scheduler_types import SchedulerConfig
 
 
 def test_bench_prints_a_row_and_writes_its_figures(tmp_path: Path):
@@ -58,14 +59,13 @@ def test_more_decode_rows_than_the_budget_holds_are_refused():
 def _contexts_once_prefilled(point: Point, lengths: list[int]) -> list[int]:
     """Cached tokens of every sequence when the real scheduler has had all prompts computed."""
     config = SchedulerConfig(
-        num_pages=100_000,
         page_size=16,
         max_num_batched_tokens=point.max_num_batched_tokens,
         max_num_seqs=point.sequences,
         num_microbatches=point.num_microbatches,
         max_model_len=4096,
     )
-    scheduler, computed, flying = Scheduler(config), [0] * len(lengths), []
+    scheduler, computed, flying = Scheduler(config, {0: 100_000}), [0] * len(lengths), []
     for index, length in enumerate(lengths):
         scheduler.add(index, length, 1024)
     while any(done < length for done, length in zip(computed, lengths, strict=True)):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hetero_jax import attention
 from hetero_jax.attention import KVPool
 from hetero_jax.rows import bucket, pack
-from hetero_jax.scheduler import Batch, Chunk
+from hetero_jax.scheduler_types import Batch, Chunk
 from partition import AttentionSpec, reference_attention
 
 NUM_PAGES = 40

@@ -14,7 +14,7 @@ import hetero_jax as hj
 from certificate import loopback_certificate
 from golden import first_difference, golden_rows
 from hetero_jax.cli import main
-from hetero_jax.errors import ConfigError, WorkerError
+from hetero_jax.errors import ConfigError
 from small_model import SmallModel
 from worker_process import worker_process
 
@@ -146,16 +146,6 @@ def test_jobs_run_over_tls_with_certificates_that_the_engine_trusts(tmp_path, ca
             assert f"worker {address}: " in capsys.readouterr().err
         assert main([*generate, f"--workers={address}", f"--tls_ca={certificate}"]) == 0
     assert len(json.loads((tmp_path / "out.jsonl").read_text())["token_ids"]) == 3
-
-
-def test_a_lost_worker_is_one_error_that_names_it():
-    small = SmallModel()
-    with worker_process("--kv_cache_bytes=1M") as (address, process):
-        engine = hj.Engine(hj.partition(small, small.params(), max_rows=64), hj.EngineConfig(workers=(address,)))
-        completions = engine.generate([[1, 2], [3, 4]] * 3, hj.SamplingParams(max_tokens=40, temperature=0))
-        process.kill()
-        with pytest.raises(WorkerError, match=f"worker {address}: the worker is lost"):
-            list(completions)
 
 
 def test_a_site_without_a_kernel_is_refused_by_name():

@@ -13,7 +13,7 @@ from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.dense_tier import DenseTier
 from hetero_jax.pages import pages_for
 from hetero_jax.rows import pack
-from hetero_jax.scheduler import Batch, Chunk
+from hetero_jax.scheduler_types import Batch, Chunk
 from hetero_jax.walk import Tiers, Timings, run_stages
 from partition import Plan
 

@@ -1,7 +1,7 @@
 """A worker for tests, in a process of its own: argv is the secret in hexadecimal ("" for none). Prints its port.
 
 Site 0 gives back q. Site 1 keeps running sums of k and v in float64, as a cache would, and answers q + sum(k) + sum(v).
-Site 2 sleeps for ever. Site 3 answers the array "rows" of the layout. Other sites fail. SIGTERM drains.
+Site 2 sleeps for ever. Site 3 answers the array "rows" of the layout. Other sites fail. SIGTERM drains it.
 """
 
 from __future__ import annotations

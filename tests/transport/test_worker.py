@@ -218,7 +218,16 @@ def test_sigterm_tells_the_engine_to_drain(worker):
     worker.process.send_signal(signal.SIGTERM)
     assert client.draining.wait(WAIT_S)
     assert client.attend(site=0, layout=0, q=np.ones(1, np.int8)).result(WAIT_S).out.tolist() == [1]
+    with pytest.raises(RefusedError, match="about to leave: SIGTERM"):
+        worker.connect(generation=2)
     client.close()
+    assert worker.process.wait(WAIT_S) == 0
+
+
+def test_sigterm_ends_a_worker_that_nobody_uses(worker):
+    worker.connect().close()
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.wait(WAIT_S) == 0
 
 
 def test_wrong_secrets_and_strangers_are_closed_without_an_answer():

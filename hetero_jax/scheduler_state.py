@@ -1,0 +1,123 @@
+"""What the scheduler remembers: pools, sequences, and the microbatch that it is putting together."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hetero_jax.pages import PageAllocator
+from hetero_jax.scheduler_types import Chunk
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    """Pages of one worker."""
+
+    number: int
+    pages: PageAllocator
+    num_running: int = 0
+    promised: int = 0  # sum over its running sequences
+    draining: bool = False
+    lost: bool = False
+
+    @property
+    def room(self) -> int:
+        """Pages for another sequence: each running one may open one more before a preemption."""
+        return self.pages.num_free - self.promised - max(self.num_running, self.pages.num_pages // 100)
+
+
+@dataclass(slots=True, eq=False)
+class ScheduledSequence:
+    """A sequence that is not finished."""
+
+    seq_id: int
+    arrival: int  # order of add(); the smaller, the stronger the claim on pages
+    known: int  # prompt + generated tokens
+    max_known: int
+    pool: Pool | None = None  # of its pages, while it runs
+    computed: int = 0  # positions whose KV is written
+    pages: tuple[int, ...] = ()
+    num_freed: int = 0  # first entries of `pages` that are behind the window and no longer its own
+    promised: int = 0  # pages that the tokens known at admission still need
+    aborted: bool = False  # ended while in flight; its pages are freed when the microbatch is back
+
+    @property
+    def home(self) -> Pool:
+        """Its pool; it runs."""
+        assert self.pool is not None, f"sequence {self.seq_id} does not run"
+        return self.pool
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Pages that are its own."""
+        return self.pages[self.num_freed :]
+
+
+@dataclass(slots=True)
+class Draft:
+    """The microbatch being put together."""
+
+    rows_left: int
+    num_flying: int  # sequences of the other microbatches
+    chunks: list[Chunk] = field(default_factory=list[Chunk])
+    short_of_pages: bool = False  # a running sequence went without, or was preempted
+
+
+class WaitingLine:
+    """Sequences that do not run: those that ran before, then those that never did, each in order of arrival."""
+
+    def __init__(self) -> None:
+        self._new: OrderedDict[int, ScheduledSequence] = OrderedDict()
+        self._back: list[ScheduledSequence] = []  # all of them arrived before all of _new
+        self._aside: list[ScheduledSequence] = []  # for which no pool is large enough
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._back)
+
+    @property
+    def num_aside(self) -> int:
+        """Sequences that have no turn."""
+        return len(self._aside)
+
+    @property
+    def first(self) -> ScheduledSequence:
+        """Whose turn it is; there is one."""
+        return self._back[0] if self._back else next(iter(self._new.values()))
+
+    def append(self, seq: ScheduledSequence) -> None:
+        """One that has arrived last."""
+        self._new[seq.seq_id] = seq
+
+    def put_back(self, seq: ScheduledSequence) -> None:
+        """One that ran."""
+        insort(self._back, seq, key=arrival)
+
+    def pop_first(self) -> ScheduledSequence:
+        """Take out whose turn it is."""
+        return self._back.pop(0) if self._back else self._new.popitem(last=False)[1]
+
+    def set_first_aside(self) -> None:
+        """No pool is large enough for it: those behind it have their turn."""
+        self._aside.append(self.pop_first())
+
+    def take_up(self, fits: Callable[[ScheduledSequence], bool]) -> None:
+        """Those set aside that fit now have their turn again."""
+        self._back = sorted((*self._back, *filter(fits, self._aside)), key=arrival)
+        self._aside = [seq for seq in self._aside if not fits(seq)]
+
+    def remove(self, seq: ScheduledSequence) -> bool:
+        """Take one out wherever it is; False where it does not wait."""
+        if self._new.pop(seq.seq_id, None) is not None:
+            return True
+        for line in (self._back, self._aside):
+            if seq in line:
+                line.remove(seq)
+                return True
+        return False
+
+
+def arrival(seq: ScheduledSequence) -> int:
+    """What sequences are sorted by."""
+    return seq.arrival

@@ -1,0 +1,82 @@
+"""What the scheduler is told and what it gives: limits, pools that come and go, microbatches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetero_jax.errors import ConfigError
+from hetero_jax.pages import pages_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of the scheduler; every one is at least 1 (ConfigError otherwise)."""
+
+    page_size: int  # positions per page
+    max_num_batched_tokens: int  # rows per microbatch
+    max_num_seqs: int  # running sequences over all microbatches
+    num_microbatches: int  # most microbatches in flight
+    max_model_len: int  # most KV positions of one sequence
+    window: int | None = None  # a row sees its own position and window - 1 before it; None: all
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}; allowed: >= 1")
+
+    def most_pages(self, num_positions: int) -> int:
+        """Pages that a sequence holds at most at once on its way to so many positions."""
+        whole = pages_for(num_positions, self.page_size)
+        if self.window is None:
+            return whole
+        # A chunk and what its first row sees, which need not begin with a page.
+        return min(whole, pages_for(self.window - 1 + self.max_num_batched_tokens, self.page_size) + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolJoined:
+    """A pool of free pages, under a number that no pool had before."""
+
+    pool: int
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolDraining:
+    """A pool that is about to leave: it gets no new sequences, and those that it has move where another holds them."""
+
+    pool: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLost:
+    """A pool that is gone with all that was written in it."""
+
+    pool: int
+
+
+PoolEvent = PoolJoined | PoolDraining | PoolLost
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows of one sequence in one microbatch: its tokens [start, start + length)."""
+
+    seq_id: int
+    start: int
+    length: int
+    samples: bool  # the last row is the last known token, so a new token is sampled from it
+    pages: tuple[int, ...]  # page table of positions [0, start + length); behind the window: some page of its own
+    pool: int = 0  # that the pages are in
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One microbatch; each sequence has at most one chunk in it."""
+
+    batch_id: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)

@@ -1,0 +1,50 @@
+"""Builds tier 2: in this process, or in workers."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+from hetero_jax.attention_tier import AttentionTier
+from hetero_jax.config import EngineConfig
+from hetero_jax.dense_tier import DenseTier
+from hetero_jax.described_site import describe, fingerprint
+from hetero_jax.endpoint import engine_tls, read_secret
+from hetero_jax.pages import pages_for
+from hetero_jax.remote_tier import RemoteTier
+from hetero_jax.worker_fleet import WorkerFleet
+from hetero_jax.worker_session import WorkerSession
+from partition import Plan
+from transport import Hello
+
+
+def make_tier2(
+    config: EngineConfig, plan: Plan, dense: DenseTier, *, dtype: Any, device: Any, max_model_len: int
+) -> tuple[AttentionTier | RemoteTier, WorkerFleet | None]:
+    """The tier, and its workers where it has some.
+
+    Raises:
+      ConfigError: it does not fit, or has a site that workers do not serve.
+      WorkerError: a worker is not there, or refuses.
+    """
+    if config.workers:
+        fleet = _make_fleet(config, plan, dense, dtype=dtype, max_model_len=max_model_len)
+        return RemoteTier(
+            plan.sites, fleet, page_size=config.page_size, wire_dtype=config.wire_dtype, tier1=dense.device
+        ), fleet
+    shape = {"page_size": config.page_size, "dtype": dtype, "device": device}
+    return AttentionTier(plan.sites, dense.prepared, kv_cache_bytes=config.kv_cache_bytes, **shape), None
+
+
+def _make_fleet(config: EngineConfig, plan: Plan, dense: DenseTier, *, dtype: Any, max_model_len: int) -> WorkerFleet:
+    sites = describe(plan.sites, dense.prepared, page_size=config.page_size, dtype=dtype)
+    most_pages = config.max_num_seqs * pages_for(max_model_len, config.page_size)
+    secret, tls = read_secret(config.secret_file), engine_tls(config.tls_ca)
+
+    def connect(address: str) -> WorkerSession:
+        hello = Hello(fingerprint=fingerprint(sites), generation=time.time_ns(), page_budget=most_pages, sites=sites)
+        return WorkerSession(address, hello, secret, tls, step_timeout_s=config.step_timeout_s)
+
+    connects = {address: functools.partial(connect, address) for address in config.workers}
+    return WorkerFleet(connects, wait_s=config.worker_wait_s)

@@ -1,0 +1,106 @@
+"""A worker that may be lost and come back: one connection after another, each with a pool of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from hetero_jax.errors import HeteroJaxError
+from hetero_jax.scheduler_types import PoolDraining, PoolEvent, PoolJoined, PoolLost
+from hetero_jax.worker_session import WorkerSession
+
+_logger = logging.getLogger(__name__)
+_RETRY_S = 1.0
+
+
+class WorkerLink:
+    """Connects to a worker again and again. One thread calls it; connecting blocks a thread of its own.
+
+    Args:
+      name: what messages call the worker.
+      connect: begins a session, or raises HeteroJaxError or OSError.
+      take_number: gives the number of the next pool.
+    """
+
+    def __init__(self, name: str, connect: Callable[[], WorkerSession], take_number: Callable[[], int]) -> None:
+        self.name, self.wanted = name, True
+        self.session: WorkerSession | None = None
+        self.pool = -1  # of the session
+        self._connect, self._take_number = connect, take_number
+        self._attempt: Future[WorkerSession] | None = None
+        self._retry_at_s = 0.0
+        self._draining = False
+        self._complained = False  # once an outage
+
+    @property
+    def gone(self) -> bool:
+        """It is not wanted any more, and nothing is left of it."""
+        return not self.wanted and self.session is None
+
+    def join(self) -> PoolJoined:
+        """Connect now. Raises what `connect` raises."""
+        return self._begin(self._connect())
+
+    def poll(self) -> PoolEvent | None:
+        """What has happened since; at most one event a call, to be asked for until there is none."""
+        if self.session is None:
+            return self._poll_attempt()
+        if (failure := self.session.failure) is not None:
+            _logger.warning("worker %s is lost, its sequences are computed again: %s", self.name, failure)
+            return self._lose()
+        if (self.session.draining or not self.wanted) and not self._draining:
+            self._draining = True
+            _logger.warning("worker %s is about to leave, its sequences move to others", self.name)
+            return PoolDraining(self.pool)
+        return None
+
+    def let_go(self) -> PoolLost:
+        """Nothing is left in the pool of a session that drains: end it."""
+        return self._lose()
+
+    def _begin(self, session: WorkerSession) -> PoolJoined:
+        self.session, self.pool, self._draining, self._complained = session, self._take_number(), False, False
+        return PoolJoined(self.pool, session.num_pages)
+
+    def _lose(self) -> PoolLost:
+        assert self.session is not None, f"worker {self.name} has no session"
+        self.session.close()
+        self.session = None
+        return PoolLost(self.pool)
+
+    def _poll_attempt(self) -> PoolJoined | None:
+        if not self.wanted:
+            return None
+        if self._attempt is None:
+            if time.monotonic() >= self._retry_at_s:
+                self._attempt = _in_a_thread(self._connect)
+            return None
+        if not self._attempt.done():
+            return None
+        attempt, self._attempt = self._attempt, None
+        try:
+            joined = self._begin(attempt.result())
+        except (HeteroJaxError, OSError) as error:
+            self._retry_at_s = time.monotonic() + _RETRY_S
+            if not self._complained:
+                _logger.warning("no connection to worker %s yet: %s", self.name, error)
+            self._complained = True
+            return None
+        _logger.warning("worker %s has joined with %d pages", self.name, joined.num_pages)
+        return joined
+
+
+def _in_a_thread(call: Callable[[], WorkerSession]) -> Future[WorkerSession]:
+    future: Future[WorkerSession] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="worker link", daemon=True).start()
+    return future

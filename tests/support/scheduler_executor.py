@@ -1,0 +1,181 @@
+"""An executor of the scheduler's microbatches that checks every promise, and jobs for it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from hypothesis import strategies as st
+
+from hetero_jax.scheduler import Scheduler
+from hetero_jax.scheduler_types import Batch, Chunk, PoolDraining, PoolJoined, PoolLost, SchedulerConfig
+
+
+def make_config(window: int | None = None, **changes: int) -> SchedulerConfig:
+    limits = {"page_size": 16, "max_model_len": 4096}
+    load = {"max_num_batched_tokens": 512, "max_num_seqs": 256, "num_microbatches": 2}
+    return SchedulerConfig(window=window, **(limits | load | changes))
+
+
+def make_scheduler(*pools: int, **config: int) -> Scheduler:
+    """With pools of so many pages."""
+    return Scheduler(make_config(**config), dict(enumerate(pools)))
+
+
+@dataclass
+class Mirror:
+    """What the executor knows of one sequence."""
+
+    prompt: int
+    max_tokens: int
+    ends_after: int  # tokens until it ends
+    generated: int = 0
+    computed: int = 0
+    in_flight: bool = False
+
+
+@dataclass
+class Executor:
+    """Runs microbatches, in any order, and checks what each of them claims about positions and pages."""
+
+    config: SchedulerConfig
+    pools: dict[int, int]  # pages by number
+    scheduler: Scheduler = field(init=False)
+    sequences: dict[int, Mirror] = field(default_factory=dict)
+    done: dict[int, int] = field(default_factory=dict)  # tokens generated
+    in_flight: dict[int, Batch] = field(default_factory=dict)
+    owner: dict[tuple[int, int], int] = field(default_factory=dict)  # pool and page -> sequence that wrote to it last
+    tables: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    homes: dict[int, int] = field(default_factory=dict)  # sequence -> pool of its last chunk
+    draining: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.config, self.pools)
+
+    def add(self, seq_id: int, prompt: int, max_tokens: int, ends_after: int | None = None) -> None:
+        self.scheduler.add(seq_id, prompt, max_tokens)
+        self.sequences[seq_id] = Mirror(prompt, max_tokens, ends_after or max_tokens)
+
+    def launch(self) -> Batch | None:
+        before = self.scheduler.num_preemptions
+        batch = self.scheduler.schedule()
+        preempted = self.scheduler.num_preemptions - before
+        if batch is None:
+            assert preempted == 0  # pages are never taken for nothing
+            return None
+        assert batch.batch_id not in self.in_flight
+        assert len(self.in_flight) < self.config.num_microbatches
+        assert 0 < batch.num_rows == sum(c.length for c in batch.chunks) <= self.config.max_num_batched_tokens
+        for chunk in batch.chunks:
+            seq = self.sequences[chunk.seq_id]
+            assert not seq.in_flight
+            seq.in_flight = True
+            if chunk.start != seq.computed:  # only a new residency starts anywhere but where the last chunk ended
+                assert chunk.start == 0
+                seq.computed = 0
+            if chunk.start == 0:
+                self.tables.pop(chunk.seq_id, None)
+                assert chunk.pool not in self.draining
+            known = seq.prompt + seq.generated
+            assert chunk.length >= 1 and chunk.start + chunk.length <= known
+            assert chunk.samples == (chunk.start + chunk.length == known)
+            assert len(chunk.pages) == -(-(chunk.start + chunk.length) // self.config.page_size)
+            table = self.tables.get(chunk.seq_id, ())
+            assert all(0 <= page < self.pools[chunk.pool] for page in chunk.pages)
+            seen = self._first_seen(chunk)
+            if chunk.start:
+                assert chunk.pool == self.homes[chunk.seq_id]  # one worker has the whole sequence
+                assert chunk.pages[seen : len(table)] == table[seen:]  # what is written stays where it is
+                written = table[seen : -(-chunk.start // self.config.page_size)]
+                # Nobody else has written there.
+                assert all(self.owner[chunk.pool, page] == chunk.seq_id for page in written)
+            assert len(chunk.pages) - seen <= self.config.most_pages(chunk.start + chunk.length)
+            self.tables[chunk.seq_id], self.homes[chunk.seq_id] = chunk.pages, chunk.pool
+            self.owner.update({(chunk.pool, page): chunk.seq_id for page in chunk.pages[seen:]})
+        self.in_flight[batch.batch_id] = batch
+        chunks = [c for b in self.in_flight.values() for c in b.chunks if c.pool in self.pools]
+        flying = [(c.pool, page) for c in chunks for page in c.pages[self._first_seen(c) :]]
+        assert len(flying) == len(set(flying))
+        assert len(flying) <= self.scheduler.pages_used <= self.scheduler.pages_total == sum(self.pools.values())
+        assert self.scheduler.num_running <= self.config.max_num_seqs
+        return batch
+
+    def _first_seen(self, chunk: Chunk) -> int:
+        """The first page that a row of the chunk sees."""
+        window = self.config.window or self.config.max_model_len
+        return max(0, chunk.start - window + 1) // self.config.page_size
+
+    def join(self, number: int, num_pages: int) -> None:
+        self.pools[number] = num_pages
+        self.scheduler.apply(PoolJoined(number, num_pages))
+
+    def lose(self, number: int) -> None:
+        """The pool is gone, with all that was written there."""
+        del self.pools[number]
+        self.draining.discard(number)
+        self.scheduler.apply(PoolLost(number))
+        for seq_id, home in self.homes.items():
+            if home == number and seq_id in self.sequences:
+                self.sequences[seq_id].computed = 0
+
+    def begin_drain(self, number: int) -> None:
+        self.draining.add(number)
+        self.scheduler.apply(PoolDraining(number))
+
+    def land(self, batch_id: int) -> None:
+        finished: dict[int, bool] = {}
+        chunks = self.in_flight.pop(batch_id).chunks
+        lost = {chunk.seq_id for chunk in chunks if chunk.pool not in self.pools}
+        assert self.scheduler.lost_in(batch_id) == lost
+        for chunk in chunks:
+            seq = self.sequences[chunk.seq_id]
+            seq.in_flight = False
+            if chunk.seq_id in lost:
+                continue
+            seq.computed += chunk.length
+            if chunk.samples:
+                seq.generated += 1
+                finished[chunk.seq_id] = seq.generated == seq.ends_after
+                if finished[chunk.seq_id]:
+                    self.done[chunk.seq_id] = self.sequences.pop(chunk.seq_id).generated
+        self.scheduler.complete(batch_id, finished)
+
+    def drain(self, rng: random.Random) -> int:
+        """Runs all to the end; the number of microbatches that took."""
+        landed = 0
+        while self.scheduler.has_unfinished:
+            while self.launch() is not None:
+                pass
+            assert self.in_flight, "nothing runs and nothing can start"
+            self.land(rng.choice(list(self.in_flight)))
+            landed += 1
+        assert not self.in_flight and self.scheduler.schedule() is None
+        assert (self.scheduler.pages_used, self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0, 0)
+        return landed
+
+
+def make_executor(*pools: int, **config: int | None) -> Executor:
+    """With pools of so many pages."""
+    return Executor(make_config(**config), dict(enumerate(pools)))
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> tuple[SchedulerConfig, list[int], list[tuple[int, int, int]]]:
+    page_size = draw(st.sampled_from([1, 2, 4, 16]))
+    pools = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    config = make_config(
+        page_size=page_size,
+        max_num_batched_tokens=draw(st.integers(1, 40)),
+        max_num_seqs=draw(st.integers(1, 8)),
+        num_microbatches=draw(st.integers(1, 4)),
+        max_model_len=64,
+        window=draw(st.one_of(st.none(), st.integers(1, 64))),
+    )
+    fitting = (n for n in range(config.max_model_len, 0, -1) if config.most_pages(n) <= max(pools))
+    limit = next(fitting)
+    jobs: list[tuple[int, int, int]] = []
+    for _ in range(draw(st.integers(0, 12))):
+        prompt = draw(st.integers(1, limit))
+        max_tokens = draw(st.integers(1, limit - prompt + 1))
+        jobs.append((prompt, max_tokens, draw(st.integers(1, max_tokens))))
+    return config, pools, jobs
