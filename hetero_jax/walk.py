@@ -15,7 +15,7 @@ from hetero_jax.dense_tier import DenseTier
 from hetero_jax.devices import land
 from hetero_jax.rows import PackedRows
 from hetero_jax.sampler import RowSampling, SamplerOutputs, build_inputs, sample
-from partition import Plan, Value
+from partition import Plan, Stage, Value
 
 
 class Tier2(Protocol):
@@ -56,16 +56,14 @@ class Timings:
 
 
 class Tiers:
-    """What a walk passes through, and what each value is still needed for."""
+    """What a walk passes through."""
 
     def __init__(self, plan: Plan, dense: DenseTier, attention: Tier2, timings: Timings) -> None:
         self.plan, self.dense, self.attention, self.timings = plan, dense, attention, timings
-        reads = [frozenset(stage.reads) for stage in plan.stages]
-        self._read_from = [frozenset().union(*reads[index:]) for index in range(len(reads))]
 
-    def release(self, values: dict[Any, jax.Array], next_stage: int) -> None:
-        """Drop what no stage from `next_stage` on reads: the carry is the only state that tier 1 keeps per row."""
-        for value in [value for value in values if value not in self._read_from[next_stage]]:
+    def release(self, values: dict[Value, jax.Array], stage: Stage) -> None:
+        """Drop what is not carried behind `stage`: the carry is the only state that tier 1 keeps per row."""
+        for value in values.keys() - frozenset(stage.carried):
             del values[value]
 
 
@@ -123,6 +121,7 @@ def run_stages(
             writes, sent = dense.run(stage.index, tokens, positions, [values[value] for value in stage.reads])
             wait(writes, sent)
         values.update(zip(stage.writes, writes, strict=True))
+        tiers.release(values, stage)
         leaving = attention.begin(sent)
         sends.update({(send.site, send.index): array for send, array in zip(stage.sends, leaving, strict=True)})
         yield
@@ -133,4 +132,3 @@ def run_stages(
         yield
         found = (land(array, dense.device) for array in attention.fetch(outputs))
         values.update(zip(site.site.outputs, found, strict=True))
-        tiers.release(values, stage.index + 1)

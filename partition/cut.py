@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from partition.analysis import Analysis
-from partition.errors import TokenMixingError, UnsupportedSiteError
+from partition.cost import carry_flops, flops
+from partition.crossing import cheapest_crossing
+from partition.errors import UnsupportedSiteError
 from partition.jaxpr import Equation, Value
 from partition.labels import Axis, Kind
 from partition.layouts import Port
@@ -36,20 +38,31 @@ class Send:
 class Stage:
     """One dense slice: (weights, tokens, positions, reads) -> (writes, sends).
 
+    equations: those of the sends first, in the order of these.
+    repeated: those of the equations that an earlier stage computes too, rather than keep what they make.
     reads: token values made by earlier stages (the carry) or by a site (in the layout of its port).
     writes: token values that later stages read; they stay on tier 1.
-    sends: what the sites behind this stage take.
+    carried: what must stay alive on tier 1 across the site behind this stage: writes, and what was kept before.
+    sends: what the sites behind this stage take; for each site what it does not cache (q) first.
     externals: weights, prepared weights and position tables, in order of first use.
     key: equal for stages that can share an executable.
     """
 
     index: int
     equations: tuple[Equation, ...]
+    repeated: tuple[Equation, ...]
     reads: tuple[Value, ...]
     writes: tuple[Value, ...]
+    carried: tuple[Value, ...]
     sends: tuple[Send, ...]
     externals: tuple[Value, ...]
     key: str
+
+    def equations_until(self, values: Iterable[Value]) -> int:
+        """How many of the equations are done when all of `values` are made."""
+        wanted = set(values)
+        made = [number for number, eqn in enumerate(self.equations, 1) if not wanted.isdisjoint(eqn.outputs)]
+        return max(made, default=0)
 
 
 def cut(analysis: Analysis, sites: Sequence[PlannedSite]) -> tuple[Stage, ...]:
@@ -66,8 +79,10 @@ class _Cutter:
         self.live = self._live_equations()
         self.stage_of = self._stage_of_values()
         self.sends = self._sends()
+        self.own, self.carried = self._assigned()
 
     def _stage_of_values(self) -> dict[Value, int]:
+        """The first stage in which each value can be made."""
         found = {self.analysis.traced.tokens: 0}
         found.update({value: item.site.index + 1 for value, (item, _) in self.site_outputs.items()})
         for eqn in self.live:
@@ -88,10 +103,50 @@ class _Cutter:
                         "own output or a later one's; allowed: what the layers before it give"
                     )
                 found.append(Send(site=item.site.index, index=index, port=port))
-        return found
+        return sorted(found, key=lambda send: (send.site, send.port.is_cached, send.index))
+
+    def _assigned(self) -> tuple[list[set[Equation]], list[frozenset[Value]]]:
+        """Per stage its equations on tokens, and what is carried across the site behind it; from the last stage back.
+
+        A send leaves from the first stage that can make it, and its equations belong there.
+        """
+        own: list[set[Equation]] = [set() for _ in range(len(self.sites) + 1)]
+        carried = [frozenset[Value]()] * len(own)
+        for index in reversed(range(len(own))):
+            wanted = [*carried[index], *(send.value for send in self.sends if self.stage_of[send.value] == index)]
+            wanted += self.program.outputs if index == len(self.sites) else ()
+            own[index] = self._made_from(wanted, lambda value: self.stage_of[value] == index)  # noqa: B023
+            if index == 0:
+                break
+            read = {value for eqn in own[index] for value in eqn.inputs} | set(wanted)
+            crossing = cheapest_crossing(
+                [value for value in read if self.is_token(value) and self.stage_of[value] < index],
+                self.analysis.made_by,
+                self._made_from([send.value for send in self.sends if self.stage_of[send.value] < index]),
+                carry_cost=self._carry_cost,
+                cost=flops,
+            )
+            own[index] |= crossing.behind
+            carried[index - 1] = crossing.carried
+        return own, carried
+
+    def _made_from(self, values: Iterable[Value], wanted: Callable[[Value], bool] = lambda _: True) -> set[Equation]:
+        """Equations on tokens that lead to `values`, back to where sites give something."""
+        return closure(
+            values,
+            self.analysis.made_by,
+            lambda value: self.is_token(value) and value not in self.site_outputs and wanted(value),
+        )
+
+    def _carry_cost(self, value: Value) -> int | None:
+        if not self.is_token(value) or value is self.analysis.traced.tokens:
+            return 0
+        labels = self.analysis.facts[value].labels
+        has_rows = labels.count(Axis.ROW) == 1 and all(label in (Axis.ROW, Axis.PLAIN) for label in labels)
+        return carry_flops(value) if has_rows else None
 
     def stages(self) -> tuple[Stage, ...]:
-        return tuple(self._stage(index, self.live) for index in range(len(self.sites) + 1))
+        return tuple(self._stage(index) for index in range(len(self.sites) + 1))
 
     def _live_equations(self) -> list[Equation]:
         """Token equations that the logits and the sites need of the dense stages.
@@ -99,41 +154,30 @@ class _Cutter:
         Work whose result the model drops is not done. What stands between the reductions of a site and is needed
         behind it too (the weights of learned keys) is done in both.
         """
-        needed = [*self.program.outputs, *(port.value for item in self.sites for port in item.inputs)]
-        live = closure(
-            needed, self.analysis.made_by, lambda value: self.is_token(value) and value not in self.site_outputs
-        )
+        live = self._made_from([*self.program.outputs, *(port.value for item in self.sites for port in item.inputs)])
         return [eqn for eqn in self.program.equations if eqn in live]
 
-    def _stage(self, index: int, live: Sequence[Equation]) -> Stage:
-        mine = [eqn for eqn in live if self.stage_of[eqn.outputs[0]] == index]
+    def _stage(self, index: int) -> Stage:
+        mine = [eqn for eqn in self.live if eqn in self.own[index]]
+        before = set[Equation]().union(*self.own[:index])
         sends = tuple(send for send in self.sends if self.stage_of[send.value] == index)
         made = {value for eqn in mine for value in eqn.outputs}
         needed = [value for eqn in mine for value in eqn.inputs] + [send.value for send in sends]
-        reads = _unique(
-            value
-            for value in needed
-            if self.is_token(value) and value not in made and value is not self.analysis.traced.tokens
-        )
-        later = {value for eqn in live if self.stage_of[eqn.outputs[0]] > index for value in eqn.inputs}
-        later |= {send.value for send in self.sends if self.stage_of[send.value] > index}
-        later |= set(self.program.outputs)
-        writes = tuple(value for eqn in mine for value in eqn.outputs if value in later)
-        for value in writes:
-            if Axis.ROW not in self.analysis.facts[value].labels:
-                raise TokenMixingError(
-                    f"{value.shape}, made at {self.analysis.made_by[value].where}, is needed behind an attention but "
-                    "has no row per token; allowed: rows sorted by expert are put back before the next attention"
-                )
+        is_read = lambda value: self.is_token(value) and value not in made  # noqa: E731
+        reads = _unique(v for v in needed if is_read(v) and v is not self.analysis.traced.tokens)
+        kept = self.program.outputs if index == len(self.sites) else self.carried[index]
+        writes = tuple(value for eqn in mine for value in eqn.outputs if value in kept)
         helpers, externals = self._support(needed)
-        results = [*writes, *(send.value for send in sends)]
+        results = [*(send.value for send in sends), *writes]
         equations = in_order_of_need(results, self.analysis.made_by, {*mine, *helpers})
         externals = self._in_order_of_use(equations, sends, externals)
         return Stage(
             index=index,
             equations=equations,
+            repeated=tuple(eqn for eqn in equations if eqn in before),
             reads=reads,
             writes=writes,
+            carried=tuple(value for value in self.stage_of if value in self.carried[index]),
             sends=sends,
             externals=externals,
             key=self._key(equations, reads, writes, sends, externals),

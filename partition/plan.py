@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 
 from partition.analysis import Analysis, analyse
 from partition.attention_spec import AttentionSpec
+from partition.cost import flops
 from partition.cut import Stage, constants_of, cut
 from partition.draw import picture
 from partition.forward import Forward, as_forward
@@ -97,6 +99,14 @@ class Plan:
         """Bytes of what a stage reads besides rows, as traced (tables at the traced number of rows)."""
         return sum(size_bytes(value) for value in stage.externals)
 
+    def carried_bytes(self, stage: Stage) -> int:
+        """Bytes per row that stay alive on tier 1 across the site behind a stage."""
+        return sum(self.row_bytes(value) for value in stage.carried)
+
+    def repeated_flops(self, stage: Stage) -> int:
+        """FLOPs per row of what a stage computes again rather than have it carried; a lookup counts as its traffic."""
+        return sum(flops(eqn) for eqn in stage.repeated) // self.analysis.traced.rows
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes cached per token over all sites, for elements of `itemsize` bytes."""
         kept = {site.cache_key: site.cached for site in self.sites}
@@ -118,7 +128,7 @@ class Plan:
     def parts(self) -> list[tuple[str, str]]:
         """(name, description) of stages and sites in turn; runs of equal ones are one."""
         found = []
-        for _, group in itertools.groupby(self.stages, key=lambda stage: (stage.key, self._site_key_after(stage))):
+        for _, group in itertools.groupby(self.stages, key=self._look):
             same = list(group)
             first, last = same[0].index, same[-1].index
             numbers = f" {first}" if first == last else f"s {first}..{last}"
@@ -127,18 +137,37 @@ class Plan:
                 found.append((f"site{numbers}", _describe_site(self.sites[first])))
         return found
 
-    def _site_key_after(self, stage: Stage) -> Any:
-        return self.sites[stage.index].key if stage.index < len(self.sites) else None
+    def _look(self, stage: Stage) -> Any:
+        """What is equal for stages that are described as one."""
+        return stage.key, self._describe(stage), self.sites[stage.index].key if stage.index < len(self.sites) else None
 
     def _describe(self, stage: Stage) -> str:
-        carried = sum(self.row_bytes(value) for value in stage.writes)
         sent = {send.port.name: self.row_bytes(send.value) for send in stage.sends}
         down = ", ".join(f"{role} {count}" for role, count in sent.items())
         parts = [f"{len(stage.equations)} equations", f"weights {self.weight_bytes(stage) / 1e6:.2f} MB"]
-        parts.append(f"keeps {carried} B/row" if stage.sends else f"gives {carried} B/row of logits")
+        if stage.repeated:
+            parts.append(f"recomputes {self._describe_repeated(stage)}")
+        if stage.index < len(self.sites):
+            parts.append(f"keeps {self.carried_bytes(stage)} B/row")
+        else:
+            parts.append(f"gives {sum(self.row_bytes(value) for value in stage.writes)} B/row of logits")
         if down:
-            parts.append(f"sends {sum(sent.values())} B/row ({down})")
+            queries = [send.value for send in stage.sends if not send.port.is_cached]
+            ready = f"; q after {stage.equations_until(queries)} equations" if queries else ""
+            parts.append(f"sends {sum(sent.values())} B/row ({down}{ready})")
         return ", ".join(parts)
+
+    def _describe_repeated(self, stage: Stage) -> str:
+        lines = list(dict.fromkeys(_file_and_line(eqn.where) for eqn in stage.repeated))
+        more = f" and {len(lines) - 3} more lines" if len(lines) > 3 else ""
+        where = ", ".join(lines[:3]) + more
+        return f"{len(stage.repeated)} equations ({self.repeated_flops(stage)} FLOPs/row) of {where}"
+
+
+def _file_and_line(where: str) -> str:
+    """'folder/file.py:7:21 (function)' without folder and column."""
+    place, space, function = where.partition(" ")
+    return re.sub(r"^(.*/)?([^/:]*:\d+)(:\d+)?$", r"\2", place) + space + function
 
 
 def _describe_site(site: PlannedSite) -> str:

@@ -152,7 +152,7 @@ def test_plan_prints_stages_sites_and_bytes():
     assert "6 dense stages and 5 attention sites" in text
     assert "stages 1..4" in text
     assert "6 heads over 2 kv heads of 4" in text
-    assert "sends 160 B/row (q 96, k 32, v 32)" in text
+    assert "keeps 96 B/row, sends 160 B/row (q 96, k 32, v 32; q after " in text
 
 
 def test_rotary_tables_are_looked_up_and_no_weight_is_copied():
