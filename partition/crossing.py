@@ -17,11 +17,14 @@ choice depends on nothing but the structure: identical layers are cut in the sam
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+from networkx.algorithms.flow import edmonds_karp
 
 from partition.jaxpr import Equation, Value
 
@@ -59,10 +62,9 @@ def cheapest_crossing(
     """
     needed = [value for value in needed if carry_cost(value) != 0]
     network = _Network(made_by, ahead, carry_cost, cost, _limit(needed, carry_cost))
-    for value in needed:
-        network.add_edge(_SOURCE, ("needed", value))
-        network.need(value)
-    total, (yes, _) = nx.minimum_cut(network.graph, _SOURCE, _SINK)
+    network.need(needed)
+    # The flow is small, a few values, and the paths are long: no preflows.
+    total, (yes, _) = nx.minimum_cut(network.graph, _SOURCE, _SINK, flow_func=edmonds_karp)
     behind = frozenset(eqn for eqn in network.choices if ("behind", eqn) in yes)
     return Crossing(
         carried=frozenset(v for v in network.values if ("needed", v) in yes and made_by.get(v) not in behind),
@@ -98,24 +100,29 @@ class _Network:
         """Without a cost: infinite, as networkx has it."""
         self.graph.add_edge(tail, head, **({} if cost is None else {"capacity": cost}))
 
-    def need(self, value: Value) -> None:
-        """Ask about a value and about all that it is made of."""
-        stack = [value]
-        while stack:
-            value = stack.pop()
+    def need(self, needed: Iterable[Value]) -> None:
+        """Ask about these values and about all that they are made of, the cheapest to reach first.
+
+        What is done in front and, with the way to it, costs more than any cheapest cut is not done again.
+        """
+        order = itertools.count()
+        queue = [(0, next(order), value) for value in needed]
+        for _, _, value in queue:
+            self.add_edge(_SOURCE, ("needed", value))
+        while queue:
+            spent, _, value = heapq.heappop(queue)
             if value in self.values:
                 continue
             self.values[value] = None
             eqn = self.made_by.get(value)
-            if eqn is None or not self.may_be_behind(eqn):
+            if eqn is not None and eqn in self.ahead:
+                spent += self.cost(eqn)
+            if eqn is None or spent > self.limit:
                 self.add_edge(("needed", value), _SINK, self.carry_cost(value))
                 continue
             self.add_edge(("needed", value), ("behind", eqn), self.carry_cost(value))
-            stack.extend(self.choose(eqn))
-
-    def may_be_behind(self, eqn: Equation) -> bool:
-        """What is done in front and costs more than any cheapest way is not done again; nor is what leads to it."""
-        return eqn not in self.ahead or self.cost(eqn) <= self.limit
+            for operand in self.choose(eqn):
+                heapq.heappush(queue, (spent, next(order), operand))
 
     def choose(self, eqn: Equation) -> list[Value]:
         """Ask where an equation is done; the operands that this is about."""

@@ -15,7 +15,7 @@ from partition.labels import Axis, Kind
 from partition.layouts import Port
 from partition.planned_site import PlannedSite
 from partition.rules import SHAPE_ONLY
-from partition.structure import closure, in_order_of_need, size_bytes, structure_key
+from partition.structure import closure, in_order_of_need, producers, size_bytes, structure_key
 
 _LARGEST_INLINE_BYTES = 1 << 16
 
@@ -112,6 +112,7 @@ class _Cutter:
         """
         own: list[set[Equation]] = [set() for _ in range(len(self.sites) + 1)]
         carried = [frozenset[Value]()] * len(own)
+        made_by = producers(self.live)
         for index in reversed(range(len(own))):
             wanted = [*carried[index], *(send.value for send in self.sends if self.stage_of[send.value] == index)]
             wanted += self.program.outputs if index == len(self.sites) else ()
@@ -121,7 +122,7 @@ class _Cutter:
             read = {value for eqn in own[index] for value in eqn.inputs} | set(wanted)
             crossing = cheapest_crossing(
                 [value for value in read if self.is_token(value) and self.stage_of[value] < index],
-                self.analysis.made_by,
+                made_by,
                 self._made_from([send.value for send in self.sends if self.stage_of[send.value] < index]),
                 carry_cost=self._carry_cost,
                 cost=flops,
