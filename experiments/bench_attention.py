@@ -4,7 +4,7 @@
 
 The roof of a decode point is the smaller of the read bandwidth, measured in turn with it, and the vector unit's
 multiply-add peak divided by the point's multiply-adds per byte of keys and values (group / element size); `binds`
-says which. `scattered` is the bandwidth of a plain read of the same blocks in random order, as the pages are. Every
+says which. `scattered` is the bandwidth of a plain read of the same pages in random order. Every
 point rotates over several pools, as the sites of a model do, so that no cache holds what is read. A context of "code"
 or "conv" draws ragged lengths from the traces in data/. Prefill is compared with XLA's matrix products, a mixed call
 with its parts in calls of their own, and, where torch is installed, decode with its attention over contiguous keys.
@@ -39,7 +39,7 @@ _HEAD_SIZES = flags.DEFINE_list("head_sizes", ["64", "128"], "Sizes of a head.")
 _CONTEXTS = flags.DEFINE_list("contexts", ["512", "2048", "8192", "conv"], f"Tokens, or one of {SAMPLES}.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "16", "64"], "Sequences of a decode call.")
 _KV_HEADS = flags.DEFINE_integer("num_kv_heads", 4, "KV heads.")
-_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Token positions in a page.")
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Token positions in a page.")
 _PARTS = flags.DEFINE_list("parts", ["decode", "beside", "prefill", "mixed", "shared", "threads"], "What is measured.")
 
 _ROTATE_BYTES = 256 << 20  # several times the caches
@@ -75,11 +75,8 @@ def main(argv: list[str]) -> None:
     """Print one Markdown table a part."""
     del argv
     cores = num_cores()
-    peaks = {name: multiply_add_peak(name, cores) for name in ("float32", "bfloat16")}
-    roofs = Roofs(
-        cores=cores,
-        multiply_add={name: peaks["bfloat16" if name == "bfloat16" else "float32"] for name in _DTYPES.value},
-    )
+    peaks = {name: multiply_add_peak(name, cores) for name in _DTYPES.value}
+    roofs = Roofs(cores=cores, multiply_add=peaks)
     print(f"{cores} cores, instruction set {native_attention.usable_isas()[0]}, JAX {jax.__version__}")
     print(f"read {read_bandwidth(cores) / 1e9:.1f} GB/s; one core {read_bandwidth(1) / 1e9:.1f} GB/s")
     print("; ".join(f"{name} {peak / 1e9:.0f} G multiply-adds/s" for name, peak in peaks.items()) + "\n", flush=True)
@@ -102,8 +99,8 @@ def _decode(roofs: Roofs) -> None:
                     seconds, read = _beside_reading(_native_call(spec, dtype, rows), roofs.cores)
                     rate = _kv_bytes(spec, dtype, rows) / seconds
                     roof, binds = roofs.of(dtype, spec, read)
-                    block_bytes = _PAGE_SIZE.value * spec.head_dim * jnp.dtype(dtype).itemsize
-                    scattered = scattered_read_bandwidth(block_bytes, roofs.cores, attempts=2)
+                    page = [Rows(context=_PAGE_SIZE.value)]
+                    scattered = scattered_read_bandwidth(_kv_bytes(spec, dtype, page), roofs.cores, attempts=2)
                     figures = (f"{rate / 1e9:.1f}", f"{roof / 1e9:.1f}", binds, f"{rate / roof:.2f}")
                     figures += (f"{scattered / 1e9:.1f}",)
                     print_row([*_where(dtype, spec), batch, context, *figures])

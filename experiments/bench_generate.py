@@ -38,7 +38,7 @@ _DTYPES = flags.DEFINE_list("dtypes", list(_DTYPE_NAMES), "Types of weights and 
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 16, "Decode steps to time.", lower_bound=2)
 _MICROBATCHES = flags.DEFINE_integer("num_microbatches", 1, "hetero_jax: microbatches in flight.")
 _TOKEN_BUDGET = flags.DEFINE_integer("max_num_batched_tokens", 512, "hetero_jax: rows of a microbatch.")
-_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "hetero_jax: token positions in a page.")
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "hetero_jax: token positions in a page.")
 _KV_CACHE_BYTES = flags.DEFINE_integer("kv_cache_bytes", 0, "hetero_jax: memory of the KV pools; 0: what is needed.")
 _CONTENDERS = flags.DEFINE_list("contenders", list(CONTENDERS), "Who runs.")
 _PYTHON = flags.DEFINE_string("contender_python", sys.executable, "Python that runs llama.cpp and transformers.")

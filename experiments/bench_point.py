@@ -26,7 +26,7 @@ class Point:
     dtype: str
     num_microbatches: int = 1
     max_num_batched_tokens: int = 512
-    page_size: int = 16
+    page_size: int = 128
     kv_cache_bytes: int = 0
 
 

@@ -99,7 +99,7 @@ def _engine_flags(values: flags.FlagValues) -> None:
 
     _kv_cache_flag(values)
     flags.DEFINE_enum("kv_cache_dtype", None, list(KV_CACHE_DTYPES), "Default: the model's.", flag_values=values)
-    integer("page_size", 16, "Token positions in a KV page.")
+    integer("page_size", 128, "Token positions in a KV page.")
     integer("max_num_batched_tokens", 512, "Rows of one microbatch, prefill and decode together.")
     integer("max_num_seqs", 256, "Running sequences.")
     integer("num_microbatches", 2, "Microbatches in flight.")

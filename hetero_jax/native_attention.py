@@ -1,20 +1,22 @@
 """Paged attention by the native kernel: an XLA custom call on the CPU, at the speed of its memory.
 
-The pool's layout lets both passes stream without a shuffle. A page is cut into blocks of 16 tokens and a block is made
-of words of up to 4 bytes: 1 element of float32 or float16, 2 of bfloat16, 4 of int8.
+The pool's layout lets both passes stream without a shuffle. It is [num_pages, num_kv_heads, elements]: a page is one
+run of memory, read from its beginning to its end, and so are neighbouring pages. One head of a page is cut into blocks
+of 16 tokens, first all of its keys, then all of its values; a block is made of words of up to 4 bytes: 1 element of
+float32 or float16, 2 of bfloat16, 4 of int8.
 
-    k: [num_kv_heads, num_pages, blocks, head_dim / word, 16, word]     a word: one token, `word` dimensions
-    v: [num_kv_heads, num_pages, blocks, 16 / word, v_head_dim, word]   a word: one dimension, `word` tokens
-    k_scale, v_scale: [num_kv_heads, num_pages * blocks * 16] float32 of an int8 pool, one per token and head
+    keys:   [blocks, head_dim / word, 16, word]     a word: one token, `word` dimensions
+    values: [blocks, 16 / word, v_head_dim, word]   a word: one dimension, `word` tokens
+    scales: [2, blocks * 16] float32, of an int8 pool alone: of the keys and of the values, one per token and head
 
 So a vector register of keys holds the same dimensions of 16 tokens and a score needs no sum across lanes; one of
 values holds the same tokens in 16 dimensions; words are what dot-product instructions take, and the others split by
-shifts. One head's part of a page is contiguous, and so are those of neighbouring pages: a sequence whose pages were
-given out together is one stream per head. Pages of 16 n tokens waste nothing; other sizes are rounded up to a block,
-as head_dim is to a word and v_head_dim to 16.
+shifts. Pages of 16 n tokens waste nothing; other sizes are rounded up to a block, as head_dim is to a word and
+v_head_dim to 16. The longer a page, the fewer jumps to places that no hardware prefetcher foresees; one of 128 n
+tokens is read in the order in which it lies.
 
 `paged_attention` has the meaning of `hetero_jax.attention.paged_attention`, which is its oracle. A row's bits depend on
-its own sequence alone: every 16 blocks give a max, a sum and weighted values, which are folded in order of position, so
+its own sequence alone: every 8 blocks give a max, a sum and weighted values, which are folded in order of position, so
 neither the other rows nor the threads nor the page numbers matter, and a prefilled row equals a decoded one.
 """
 
@@ -45,23 +47,20 @@ _ROW_DTYPES = ("float32", "bfloat16")
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("k", "v", "k_scale", "v_scale"),
+    data_fields=("kv",),
     meta_fields=("page_size",),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NativePool:
-    """Keys and values of one site; shapes above. Scales of other dtypes than int8 are empty: [num_kv_heads, 0]."""
+    """Keys and values of one site. kv: [num_pages, num_kv_heads, elements], see above."""
 
-    k: jax.Array
-    v: jax.Array
-    k_scale: jax.Array
-    v_scale: jax.Array
+    kv: jax.Array
     page_size: int
 
     @property
     def num_pages(self) -> int:
         """Pages of the pool."""
-        return self.k.shape[1]
+        return self.kv.shape[0]
 
 
 def refusal(*, dtype: Any, device: Any) -> str | None:
@@ -104,35 +103,29 @@ def usable_isas() -> tuple[str, ...]:
 
 def make_pool(spec: AttentionSpec, *, num_pages: int, page_size: int, dtype: Any, device: Any) -> NativePool:
     """A zeroed pool on `device`, in this module's layout. Large ones ask the OS for huge pages."""
-    shapes = _pool_shapes(spec, num_pages=num_pages, page_size=page_size, dtype=dtype)
     with jax.default_device(device):
-        arrays = {name: jnp.zeros(shape, kind) for name, (shape, kind) in shapes.items()}
+        kv = jnp.zeros(_pool_shape(spec, num_pages=num_pages, page_size=page_size, dtype=dtype), dtype)
     library = _load()
     if not isinstance(library, str):
-        for array in arrays.values():
-            library.hetero_ask_for_huge_pages(jax.block_until_ready(array).unsafe_buffer_pointer(), array.nbytes)
-    return NativePool(**arrays, page_size=page_size)
+        library.hetero_ask_for_huge_pages(jax.block_until_ready(kv).unsafe_buffer_pointer(), kv.nbytes)
+    return NativePool(kv=kv, page_size=page_size)
 
 
 def page_bytes(spec: AttentionSpec, *, page_size: int, dtype: Any) -> int:
     """Bytes of one page of a pool, what the layout pads and an int8 pool's scales included."""
-    shapes = _pool_shapes(spec, num_pages=1, page_size=page_size, dtype=dtype)
-    return sum(math.prod(shape) * jnp.dtype(kind).itemsize for shape, kind in shapes.values())
+    shape = _pool_shape(spec, num_pages=1, page_size=page_size, dtype=dtype)
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
-def _pool_shapes(
-    spec: AttentionSpec, *, num_pages: int, page_size: int, dtype: Any
-) -> dict[str, tuple[tuple[int, ...], Any]]:
-    dtype = jnp.dtype(dtype)
-    word, blocks = _WORD[dtype.name], -(-page_size // BLOCK)
-    pages = (spec.num_kv_heads, num_pages, blocks)
-    slots = num_pages * blocks * BLOCK if dtype.name == "int8" else 0
-    return {
-        "k": ((*pages, -(-spec.head_dim // word), BLOCK, word), dtype),
-        "v": ((*pages, BLOCK // word, -(-spec.v_head_dim // BLOCK) * BLOCK, word), dtype),
-        "k_scale": ((spec.num_kv_heads, slots), jnp.float32),
-        "v_scale": ((spec.num_kv_heads, slots), jnp.float32),
-    }
+def _pool_shape(spec: AttentionSpec, *, num_pages: int, page_size: int, dtype: Any) -> tuple[int, int, int]:
+    kind = jnp.dtype(dtype).name
+    dims = _round_up(spec.head_dim, _WORD[kind]) + _round_up(spec.v_head_dim, BLOCK)
+    scales = 2 * np.dtype(np.float32).itemsize if kind == "int8" else 0
+    return num_pages, spec.num_kv_heads, _round_up(page_size, BLOCK) * (dims + scales)
+
+
+def _round_up(size: int, to: int) -> int:
+    return -(-size // to) * to
 
 
 def needed_layout(layout: AttentionLayout) -> AttentionLayout:
@@ -193,17 +186,16 @@ def paged_attention_with_lse(
     _check_shapes(pool, q, k, v, layout, site)
     if all(isinstance(table, np.ndarray) for table in jax.tree.leaves(layout)):
         check_layout(layout, num_rows=q.shape[0], num_pages=pool.num_pages, page_size=pool.page_size)
-    held = (pool.k, pool.v, pool.k_scale, pool.v_scale)
     results = (
-        *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in held),
+        jax.ShapeDtypeStruct(pool.kv.shape, pool.kv.dtype),
         jax.ShapeDtypeStruct((q.shape[0], site.num_heads, site.v_head_dim), q.dtype),
         jax.ShapeDtypeStruct((q.shape[0], site.num_heads) if with_lse else (0,), jnp.float32),
     )
-    call = jax.ffi.ffi_call(_TARGET, results, input_output_aliases={i: i for i in range(len(held))})
+    call = jax.ffi.ffi_call(_TARGET, results, input_output_aliases={0: 0})
     tables = (layout.page_table, layout.first_row, layout.num_rows, layout.context, layout.row_slot)
     extras = (_per_head("alibi_slopes", site.alibi_slopes, site), _per_head("sinks", sinks, site))
-    *held, out, lse = call(
-        *held,
+    kv, out, lse = call(
+        pool.kv,
         *(q, k, v),
         *tables,
         *extras,
@@ -214,8 +206,7 @@ def paged_attention_with_lse(
         threads=np.int64(threads),
         isa=isa,
     )
-    names = ("k", "v", "k_scale", "v_scale")
-    return dataclasses.replace(pool, **dict(zip(names, held, strict=True))), out, lse
+    return dataclasses.replace(pool, kv=kv), out, lse
 
 
 def _per_head(name: str, values: Any, site: AttentionSpec) -> jax.Array:
@@ -232,12 +223,12 @@ def _check_shapes(
 ) -> None:
     rows, heads = q.shape[0], site.num_kv_heads
     sequences = layout.page_table.shape[0]
-    shapes = _pool_shapes(site, num_pages=pool.num_pages, page_size=pool.page_size, dtype=pool.k.dtype)
+    pool_shape = _pool_shape(site, num_pages=pool.num_pages, page_size=pool.page_size, dtype=pool.kv.dtype)
     expected = {
         "q": (q.shape, (rows, site.num_heads, site.head_dim)),
         "k": (k.shape, (rows, heads, site.head_dim)),
         "v": (v.shape, (rows, heads, site.v_head_dim)),
-        **{f"pool.{name}": (getattr(pool, name).shape, shape) for name, (shape, _) in shapes.items()},
+        "pool.kv": (pool.kv.shape, pool_shape),
         "row_slot": (layout.row_slot.shape, (rows,)),
         **{name: (getattr(layout, name).shape, (sequences,)) for name in ("first_row", "num_rows", "context")},
     }

@@ -54,12 +54,15 @@ def _buffer() -> np.ndarray:
 
 
 def multiply_add_peak(dtype: str, threads: int) -> float:
-    """Multiply-adds per second of `threads` threads: bfloat16's dot products for "bfloat16", else float32's."""
+    """Multiply-adds per second of `threads` threads with the instructions that serve a pool of `dtype`.
+
+    "bfloat16": its dot products; "int8": dot products of bytes, two for each multiply-add with 16 bits; else float32's.
+    """
     probe = load_library().hetero_probe_multiply_add
     probe.argtypes, probe.restype = (ctypes.c_int32, ctypes.c_int64), ctypes.c_int64
-    is_bf16 = int(dtype == "bfloat16")
-    per_step = probe(is_bf16, 1)
-    return threads * _STEPS * per_step / _best(threads, lambda _: probe(is_bf16, _STEPS))
+    kind = {"bfloat16": 1, "int8": 2}.get(dtype, 0)
+    per_step = probe(kind, 1)
+    return threads * _STEPS * per_step / _best(threads, lambda _: probe(kind, _STEPS))
 
 
 def _best(threads: int, run: Callable[[int], object], attempts: int = _ATTEMPTS) -> float:

@@ -51,7 +51,8 @@ std::vector<const Kernels*> usable_kernels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(HJ_HAS_AVX512_BF16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16);
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    found.push_back(&kernels_avx512_bf16);
 #endif
   if (avx512) found.push_back(&kernels_avx512);
   if (avx2) found.push_back(&kernels_avx2);
@@ -164,11 +165,12 @@ class Run {
     const Item& item = plan_.items[task];
     kernels_.attend(call_, item);
     if (item.complete) return;
-    for (int32_t r = 0; r < item.num_rows; ++r) {
-      auto& left = pending_[(plan_.item_first[task] + r) * call_.kv_heads + item.head];
-      // Whoever brings the last partial folds them all, in order of position.
-      if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) kernels_.finish(call_, item.rows[r], item.head);
-    }
+    for (int32_t r = 0; r < item.num_rows; ++r)
+      for (int32_t head = item.head_begin; head < item.head_end; ++head) {
+        auto& left = pending_[(plan_.item_first[task] + r) * call_.kv_heads + head];
+        // Whoever brings the last partial folds them all, in order of position.
+        if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) kernels_.finish(call_, item.rows[r], head);
+      }
   }
 
   void done(std::atomic<int64_t>* counter) {
@@ -218,25 +220,23 @@ bool kv_type_of(ffi::DataType type, KvType* kv, int64_t* per_word, int64_t* size
 bool is_float(ffi::DataType type) { return type == ffi::DataType::F32 || type == ffi::DataType::BF16; }
 
 struct Buffers {
-  ffi::AnyBuffer k_pool, v_pool, k_scale, v_scale, q, k, v, page_table, first_row, num_rows, context, row_slot, slopes,
-      sinks;
+  ffi::AnyBuffer kv, q, k, v, page_table, first_row, num_rows, context, row_slot, slopes, sinks;
 };
 
 // Checks every shape that a kernel relies on and fills the call; returns what does not fit.
 std::string describe(const Buffers& b, int64_t page_size, Call* c) {
   int64_t per_word = 0, size = 0;
-  if (!kv_type_of(b.k_pool.element_type(), &c->kv, &per_word, &size) ||
-      b.v_pool.element_type() != b.k_pool.element_type())
-    return "the pool's type must be float32, bfloat16, float16 or int8, the same for keys and values";
+  if (!kv_type_of(b.kv.element_type(), &c->kv, &per_word, &size))
+    return "the pool's type must be float32, bfloat16, float16 or int8";
   if (!is_float(b.q.element_type()) || !is_float(b.k.element_type()) || b.v.element_type() != b.k.element_type())
     return "q, k and v must be float32 or bfloat16, k and v the same";
   for (const auto* table : {&b.page_table, &b.first_row, &b.num_rows, &b.context, &b.row_slot})
     if (table->element_type() != ffi::DataType::S32) return "the layout's arrays must be int32";
-  for (const auto* list : {&b.k_scale, &b.v_scale, &b.slopes, &b.sinks})
-    if (list->element_type() != ffi::DataType::F32) return "scales, slopes and sinks must be float32";
-  auto q = b.q.dimensions(), k = b.k.dimensions(), v = b.v.dimensions(), pool = b.k_pool.dimensions();
-  if (q.size() != 3 || k.size() != 3 || v.size() != 3 || pool.size() != 6)
-    return "q, k and v must have 3 dimensions and the pool 6";
+  for (const auto* list : {&b.slopes, &b.sinks})
+    if (list->element_type() != ffi::DataType::F32) return "slopes and sinks must be float32";
+  auto q = b.q.dimensions(), k = b.k.dimensions(), v = b.v.dimensions(), pool = b.kv.dimensions();
+  if (q.size() != 3 || k.size() != 3 || v.size() != 3 || pool.size() != 3)
+    return "q, k, v and the pool must have 3 dimensions";
   if (page_size < 1) return "page_size is " + std::to_string(page_size) + "; allowed: 1 and above";
   c->q_bf16 = b.q.element_type() == ffi::DataType::BF16;
   c->kv_bf16 = b.k.element_type() == ffi::DataType::BF16;
@@ -247,25 +247,23 @@ std::string describe(const Buffers& b, int64_t page_size, Call* c) {
     return "k " + shape_of(b.k) + " and v " + shape_of(b.v) + " do not fit q " + shape_of(b.q);
   c->group = c->heads / c->kv_heads;
   c->dim_pad = round_up(c->dim, per_word), c->v_pad = round_up(c->v_dim, kBlock);
-  c->num_pages = pool[1], c->page_size = page_size, c->page_blocks = (page_size + kBlock - 1) / kBlock;
-  if (!is(b.k_pool, {c->kv_heads, c->num_pages, c->page_blocks, c->dim_pad / per_word, kBlock, per_word}) ||
-      !is(b.v_pool, {c->kv_heads, c->num_pages, c->page_blocks, kBlock / per_word, c->v_pad, per_word}))
-    return "pools " + shape_of(b.k_pool) + " and " + shape_of(b.v_pool) + " do not fit k " + shape_of(b.k) + ", v " +
-           shape_of(b.v) + " and page_size " + std::to_string(page_size);
+  c->num_pages = pool[0], c->page_size = page_size, c->page_blocks = (page_size + kBlock - 1) / kBlock;
+  c->k_block_bytes = c->dim_pad * kBlock * size, c->v_block_bytes = c->v_pad * kBlock * size;
+  c->v_offset = c->page_blocks * c->k_block_bytes, c->scale_offset = c->v_offset + c->page_blocks * c->v_block_bytes;
+  const int64_t scale_bytes = c->kv == KvType::kI8 ? 2 * c->page_blocks * kBlock * sizeof(float) : 0;
+  c->head_bytes = c->scale_offset + scale_bytes, c->page_bytes = c->kv_heads * c->head_bytes;
+  if (!is(b.kv, {c->num_pages, c->kv_heads, c->head_bytes / size}))
+    return "the pool " + shape_of(b.kv) + " does not fit k " + shape_of(b.k) + ", v " + shape_of(b.v) +
+           " and page_size " + std::to_string(page_size);
   const int64_t sequences = b.first_row.element_count();
   if (b.page_table.dimensions().size() != 2 || b.page_table.dimensions()[0] != sequences ||
       !is(b.first_row, {sequences}) || !is(b.num_rows, {sequences}) || !is(b.context, {sequences}) ||
       !is(b.row_slot, {c->rows}))
     return "the layout's arrays disagree on the number of sequences or rows";
   if (c->num_pages * page_size > INT32_MAX) return "the pool has more slots than an int32 counts";
-  const int64_t slots = c->kv == KvType::kI8 ? c->num_pages * c->page_blocks * kBlock : 0;
-  for (const auto* scales : {&b.k_scale, &b.v_scale})
-    if (!is(*scales, {c->kv_heads, slots})) return "the scales " + shape_of(*scales) + " do not fit the pool";
   for (const auto* list : {&b.slopes, &b.sinks})
     if (!is(*list, {0}) && !is(*list, {c->heads})) return "slopes and sinks must have one value per head";
-  c->k_block_bytes = c->dim_pad * kBlock * size, c->v_block_bytes = c->v_pad * kBlock * size;
-  c->k_pool = static_cast<char*>(b.k_pool.untyped_data()), c->v_pool = static_cast<char*>(b.v_pool.untyped_data());
-  c->k_scale = static_cast<float*>(b.k_scale.untyped_data()), c->v_scale = static_cast<float*>(b.v_scale.untyped_data());
+  c->pool = static_cast<char*>(b.kv.untyped_data());
   c->q = b.q.untyped_data(), c->k = b.k.untyped_data(), c->v = b.v.untyped_data();
   c->row_slot = static_cast<const int32_t*>(b.row_slot.untyped_data());
   c->slopes = b.slopes.element_count() ? static_cast<const float*>(b.slopes.untyped_data()) : nullptr;
@@ -273,11 +271,9 @@ std::string describe(const Buffers& b, int64_t page_size, Call* c) {
   return "";
 }
 
-ffi::Error run(ffi::ThreadPool pool, const Buffers& b, ffi::Result<ffi::AnyBuffer> k_out,
-               ffi::Result<ffi::AnyBuffer> v_out, ffi::Result<ffi::AnyBuffer> k_scale_out,
-               ffi::Result<ffi::AnyBuffer> v_scale_out, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse,
-               float scale, float softcap, int64_t window, int64_t page_size, int64_t max_threads,
-               std::string_view isa) {
+ffi::Error run(ffi::ThreadPool pool, const Buffers& b, ffi::Result<ffi::AnyBuffer> kv_out,
+               ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse, float scale, float softcap,
+               int64_t window, int64_t page_size, int64_t max_threads, std::string_view isa) {
   Call call{};
   std::string error = describe(b, page_size, &call);
   if (!error.empty()) return refuse(error);
@@ -287,9 +283,7 @@ ffi::Error run(ffi::ThreadPool pool, const Buffers& b, ffi::Result<ffi::AnyBuffe
   const bool wants_lse = lse->element_count() > 0;
   if (lse->element_type() != ffi::DataType::F32 || (wants_lse && !is(*lse, {call.rows, call.heads})))
     return refuse("the log-sum-exp output must be float32 [rows, heads]");
-  if (k_out->untyped_data() != call.k_pool || v_out->untyped_data() != call.v_pool ||
-      (call.kv == KvType::kI8 && (k_scale_out->untyped_data() != call.k_scale || v_scale_out->untyped_data() != call.v_scale)))
-    return refuse("the pool must be aliased to the output");
+  if (kv_out->untyped_data() != call.pool) return refuse("the pool must be aliased to the output");
   const Kernels* kernels = find_kernels(name_of(isa));
   if (!kernels) return refuse("this machine runs no kernels \"" + name_of(isa) + "\"; allowed: " + usable_names());
   call.scale = scale, call.softcap = softcap, call.window = window;
@@ -327,18 +321,15 @@ ffi::Error run(ffi::ThreadPool pool, const Buffers& b, ffi::Result<ffi::AnyBuffe
   return ffi::Error::Success();
 }
 
-ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer k_pool, ffi::AnyBuffer v_pool, ffi::AnyBuffer k_scale,
-                           ffi::AnyBuffer v_scale, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                           ffi::AnyBuffer page_table, ffi::AnyBuffer first_row, ffi::AnyBuffer num_rows,
-                           ffi::AnyBuffer context, ffi::AnyBuffer row_slot, ffi::AnyBuffer slopes, ffi::AnyBuffer sinks,
-                           ffi::Result<ffi::AnyBuffer> k_out, ffi::Result<ffi::AnyBuffer> v_out,
-                           ffi::Result<ffi::AnyBuffer> k_scale_out, ffi::Result<ffi::AnyBuffer> v_scale_out,
+ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer kv, ffi::AnyBuffer q, ffi::AnyBuffer k,
+                           ffi::AnyBuffer v, ffi::AnyBuffer page_table, ffi::AnyBuffer first_row,
+                           ffi::AnyBuffer num_rows, ffi::AnyBuffer context, ffi::AnyBuffer row_slot,
+                           ffi::AnyBuffer slopes, ffi::AnyBuffer sinks, ffi::Result<ffi::AnyBuffer> kv_out,
                            ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse, float scale, float softcap,
                            int64_t window, int64_t page_size, int64_t threads, std::string_view isa) {
   try {
-    return run(pool, {k_pool, v_pool, k_scale, v_scale, q, k, v, page_table, first_row, num_rows, context, row_slot,
-                      slopes, sinks},
-               k_out, v_out, k_scale_out, v_scale_out, out, lse, scale, softcap, window, page_size, threads, isa);
+    return run(pool, {kv, q, k, v, page_table, first_row, num_rows, context, row_slot, slopes, sinks}, kv_out, out, lse,
+               scale, softcap, window, page_size, threads, isa);
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "paged_attention: out of memory");
   }
@@ -363,10 +354,7 @@ void* thread_scratch(int64_t bytes) {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hetero_paged_attention, hetero_jax::paged_attention,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // k_pool
-                                  .Arg<xla::ffi::AnyBuffer>()  // v_pool
-                                  .Arg<xla::ffi::AnyBuffer>()  // k_scale
-                                  .Arg<xla::ffi::AnyBuffer>()  // v_scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // kv
                                   .Arg<xla::ffi::AnyBuffer>()  // q
                                   .Arg<xla::ffi::AnyBuffer>()  // k
                                   .Arg<xla::ffi::AnyBuffer>()  // v
@@ -377,10 +365,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hetero_paged_attention, hetero_jax::paged_attentio
                                   .Arg<xla::ffi::AnyBuffer>()  // row_slot
                                   .Arg<xla::ffi::AnyBuffer>()  // slopes
                                   .Arg<xla::ffi::AnyBuffer>()  // sinks
-                                  .Ret<xla::ffi::AnyBuffer>()  // k_pool
-                                  .Ret<xla::ffi::AnyBuffer>()  // v_pool
-                                  .Ret<xla::ffi::AnyBuffer>()  // k_scale
-                                  .Ret<xla::ffi::AnyBuffer>()  // v_scale
+                                  .Ret<xla::ffi::AnyBuffer>()  // kv
                                   .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Ret<xla::ffi::AnyBuffer>()  // log-sum-exp
                                   .Attr<float>("scale")
@@ -428,8 +413,9 @@ float hetero_probe_read_blocks(const char* from, int64_t bytes, const int32_t* o
   }
   return sum;
 }
-int64_t hetero_probe_multiply_add(int32_t is_bf16, int64_t steps) {
-  const auto kv = is_bf16 ? hetero_jax::KvType::kBf16 : hetero_jax::KvType::kF32;
+int64_t hetero_probe_multiply_add(int32_t kind, int64_t steps) {
+  constexpr hetero_jax::KvType kKinds[] = {hetero_jax::KvType::kF32, hetero_jax::KvType::kBf16, hetero_jax::KvType::kI8};
+  const auto kv = kKinds[kind];
   return hetero_jax::find_kernels(hetero_jax::name_of(""))->probe_multiply_add(kv, steps);
 }
 }  // extern "C"

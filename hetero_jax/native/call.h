@@ -12,7 +12,7 @@ enum class KvType { kF32, kBf16, kF16, kI8 };
 constexpr int kBlock = 16;
 // Blocks in a tile. Every tile gives (max, sum, weighted values) of its own, and a row's tiles are folded in order of
 // position: so a row's bits depend on its sequence and nothing else. Changing this changes bits.
-constexpr int kTileBlocks = 16;
+constexpr int kTileBlocks = 8;
 constexpr int kTile = kBlock * kTileBlocks;
 // Query vectors (rows x group) of one work item, and of the part of it that passes over a tile together.
 constexpr int kItemVectors = 256;
@@ -28,13 +28,13 @@ struct QueryRow {
   int64_t partial;  // partials of (tile, head) are at (partial + tile) * kv_heads + head; unused where complete
 };
 
-// Rows that pass over the same tiles of one KV head together.
+// Rows that pass over the same tiles of some KV heads together, head after head, as a page holds them.
 struct Item {
   const QueryRow* rows;
   const int32_t* pages;
   int64_t context;  // positions held by the sequence
   int32_t num_rows;
-  int32_t head;
+  int32_t head_begin, head_end;
   int32_t tile_begin, tile_end;
   bool complete;  // covers every tile of its rows, so that it writes the output itself
 };
@@ -45,9 +45,10 @@ struct Call {
   int64_t rows, heads, kv_heads, group;
   int64_t dim, dim_pad, v_dim, v_pad;  // padded as the pool is
   int64_t num_pages, page_size, page_blocks;
-  int64_t k_block_bytes, v_block_bytes;
-  char *k_pool, *v_pool;
-  float *k_scale, *v_scale;  // one per slot and head, int8 only
+  // A page is its heads, one after the other; a head is its blocks of keys, those of values, and for int8 the scales of
+  // its keys and then those of its values.
+  char* pool;
+  int64_t page_bytes, head_bytes, v_offset, scale_offset, k_block_bytes, v_block_bytes;
   const void *q, *k, *v;
   const int32_t* row_slot;
   float scale, softcap;  // softcap 0: none

@@ -199,15 +199,18 @@ std::vector<bool> place_partials(const std::vector<Span>& spans, Plan* plan) {
   return complete;
 }
 
-// One item per KV head.
+// Where memory binds, one item takes all KV heads of a page, which are one run of memory; where arithmetic does, one
+// item per head, whose queries and values fit the cache.
 void add_items(const Call& call, const Tables& tables, const Span& span, bool complete, Plan* plan) {
-  for (int64_t head = 0; head < call.kv_heads; ++head) {
+  const int64_t heads = cost_of(call, span) == 1 ? call.kv_heads : 1;
+  for (int64_t head = 0; head < call.kv_heads; head += heads) {
     Item item{};
     item.rows = plan->rows.data() + span.begin;
     item.pages = tables.page_table + span.sequence * tables.pages_per_sequence;
     item.context = span.context;
     item.num_rows = static_cast<int32_t>(span.count);
-    item.head = static_cast<int32_t>(head);
+    item.head_begin = static_cast<int32_t>(head);
+    item.head_end = static_cast<int32_t>(head + heads);
     item.tile_begin = static_cast<int32_t>(span.first);
     item.tile_end = static_cast<int32_t>(span.end);
     item.complete = complete;

@@ -72,19 +72,34 @@ HJ_INLINE vf max(vf a, vf b) {
 #endif
 }
 
+// Halves are folded onto each other, so the order is the same for every width that has as many lanes.
 HJ_INLINE float reduce_max(vf x) {
+#if defined(__AVX512F__)
+  __m256 half = _mm256_max_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+#else
   float lanes[kWidth];
   store(lanes, x);
   for (int half = kWidth / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
+#endif
 }
 HJ_INLINE float reduce_sum(vf x) {
+#if defined(__AVX512F__)
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+#else
   float lanes[kWidth];
   store(lanes, x);
   for (int half = kWidth / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 // e^x for x <= 0, within 1e-7 of the true value relatively; 0 below -87 (and for -inf), NaN for NaN.

@@ -29,8 +29,8 @@ def test_the_roof_is_the_smaller_of_memory_and_compute(dtype, group, expected):
 
 
 def test_the_kernel_takes_the_layouts():
-    rows = [bench.Rows(context=70), bench.Rows(context=40, new=20)]
+    rows = [bench.Rows(context=600), bench.Rows(context=300, new=20)]
     layout, num_pages = bench._layout(rows)
     assert num_pages == 5 + 3
     assert sorted(layout.page_table[0, :5].tolist() + layout.page_table[1, :3].tolist()) == list(range(8))
-    bench.native_attention.check_layout(layout, num_rows=21, num_pages=8, page_size=16)
+    bench.native_attention.check_layout(layout, num_rows=21, num_pages=8, page_size=128)

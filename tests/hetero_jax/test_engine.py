@@ -219,7 +219,7 @@ def test_bf16_pools_and_weights_follow_the_plain_bf16_model():
 def test_repr_says_what_runs_where(engine):
     assert "dense stages on" in repr(engine)
     assert "attention sites on" in repr(engine)
-    assert "KV pages of 16 tokens" in repr(engine)
+    assert "KV pages of 128 tokens" in repr(engine)
 
 
 def test_messages_that_the_template_refuses_fail_alone():

@@ -43,11 +43,11 @@ def _int8(rows: np.ndarray) -> np.ndarray:
 
 
 # How far from the definition over what the pool holds: accumulation in f32 for all; with AVX-512's dot products of
-# bfloat16 the queries and weights are rounded to that type too.
+# bfloat16 the queries and weights are rounded to that type too, with those of bytes to 16 bits.
 HELD = {
     "float32": (lambda rows: rows, 1e-5),
     "float16": (lambda rows: rows.astype(np.float16), 1e-5),
-    "int8": (_int8, 1e-5),
+    "int8": (_int8, 2e-4),
     "bfloat16": (lambda rows: rows.astype(ml_dtypes.bfloat16), 1e-2),
 }
 
@@ -185,7 +185,7 @@ def test_a_shared_prefix_has_the_bits_of_copies_of_its_own(isa, tree, group, pag
 def test_noise_in_freed_pages_does_not_reach_the_output() -> None:
     case = PagedCase([Sequence(20, 1)], _spec(2, 2, 32, 32))
     pool = native.make_pool(case.spec, num_pages=case.num_pages, page_size=16, dtype="float32", device=DEVICE)
-    pool = dataclasses.replace(pool, k=pool.k * np.nan, v=pool.v + np.nan)
+    pool = dataclasses.replace(pool, kv=pool.kv + np.nan)
     for old in (True, False):
         layout, q, k, v = case.rows(old=old)
         pool, out = native.paged_attention(pool, q, k, v, layout, case.spec)

@@ -28,7 +28,7 @@ def spy_run(*args):
 engine._attention.attend, engine._dense.run = spy_attend, spy_run
 params = hj.SamplingParams(max_tokens=8, temperature=0)
 tokens = [list(c.token_ids) for c in engine.generate([[1, 2, 3], [4, 5]], params)]
-pools = {str(d) for pool in engine._attention._pools for d in pool.k.devices()}
+pools = {str(d) for pool in engine._attention._pools for array in jax.tree.leaves(pool) for d in array.devices()}
 weights = {str(d) for externals in engine._dense._externals for array in externals for d in array.devices()}
 print(json.dumps({"tokens": sorted(tokens), "attention": sorted(seen["q"]), "dense": sorted(seen["dense"]),
                   "pools": sorted(pools), "weights": sorted(weights), "devices": [str(d) for d in jax.devices()]}))
