@@ -38,6 +38,7 @@ def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret
         ]
         config = hj.EngineConfig(
             workers=tuple(addresses),
+            page_size=16,
             secret_file=secret,
             wire_dtype="float32",
             max_num_batched_tokens=64,
