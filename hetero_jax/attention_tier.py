@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from hetero_jax import attention, native_attention, traced_attention
 from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.described_site import DescribedSite
-from hetero_jax.devices import land, start_copy
+from hetero_jax.devices import are_ready, land, start_copy
 from hetero_jax.errors import ConfigError
 from partition import PlannedSite, Value
 
@@ -59,7 +59,7 @@ class AttentionTier:
         device: Any,
         max_pages: int | None = None,
     ) -> None:
-        self.device = device
+        self.device, self.waited_s = device, 0.0  # it is JAX that waits, where the arrays are used
         choose = _KernelChoice(dtype=dtype, device=device)
         made = {key: choose(site) for key, site in {site.key: site for site in reversed(sites)}.items()}
         self._kernels = [made[site.key] for site in sites]
@@ -118,6 +118,14 @@ class AttentionTier:
         pool = self._pool_of[site]
         self._pools[pool], out = self._calls[site](self._pools[pool], here, layouts[site], self._weights[site])
         return out
+
+    def away_s(self) -> float:
+        """As Tier2: unknown, and no more than a stage, as nothing travels far."""
+        return 0.0
+
+    def is_ready(self, pending: tuple[jax.Array, ...]) -> bool:
+        """Whether what `attend` began is done."""
+        return are_ready(pending)
 
     def fetch(self, pending: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """What `attend` began, as arrays on this tier's device; JAX waits for them where they are used."""

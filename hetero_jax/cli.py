@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 import models
-from hetero_jax.config import KV_CACHE_DTYPES, EngineConfig
+from hetero_jax.config import KV_CACHE_DTYPES, ORDERS, EngineConfig
 from hetero_jax.engine import Engine
 from hetero_jax.errors import ConfigError, HeteroJaxError
 from hetero_jax.job import EXIT_CLEAN, EXIT_FAILED, JobConfig, run_job
@@ -102,7 +102,9 @@ def _engine_flags(values: flags.FlagValues) -> None:
     integer("page_size", 128, "Token positions in a KV page.")
     integer("max_num_batched_tokens", 512, "Rows of one microbatch, prefill and decode together.")
     integer("max_num_seqs", 256, "Running sequences.")
-    integer("num_microbatches", 2, "Microbatches in flight.")
+    integer("num_microbatches", 2, "Microbatches in flight; 0: as many as hide the way to workers and their work.")
+    text = "Which microbatch goes on first of those that can."
+    flags.DEFINE_enum("order", "deepest", list(ORDERS), text, flag_values=values)
     integer("max_model_len", None, "Longest prompt + output; default: the model's.")
     flags.DEFINE_enum("tier1", None, ["cpu", "gpu"], "Where the dense stages run; default: JAX's.", flag_values=values)
     flags.DEFINE_enum(
@@ -258,7 +260,7 @@ def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
 
 
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
-    names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches")
+    names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches", "order")
     names += ("max_model_len", "tier1", "attention", "secret_file", "tls_ca", "wire_dtype", "step_timeout_s")
     names += ("worker_wait_s", "tier1_memory_gb", "seed")
     config = {name: values[name] for name in names}

@@ -7,7 +7,9 @@ from typing import Literal
 
 from hetero_jax.errors import ConfigError
 from hetero_jax.wire import WIRE_DTYPES
+from transport import MAX_LAYOUTS
 
+ORDERS = ("deepest", "oldest")
 KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -22,7 +24,9 @@ class EngineConfig:
       less of it behind the last token of each sequence; the native kernel rounds up to a multiple of 16.
     max_num_batched_tokens: rows of one microbatch, prefill chunks and decode rows together (the token budget).
     max_num_seqs: running sequences over all microbatches.
-    num_microbatches: microbatches in flight; with 2 or more, one is on tier 1 while another is on tier 2.
+    num_microbatches: microbatches in flight; with 2 or more, one is on tier 1 while another is on tier 2. 0: as many as
+      hide the way to the workers and their work, measured while running; 2 in one process.
+    order: which microbatch goes on first of those that can, one of ORDERS.
     max_model_len: longest prompt + output in tokens; None: what the model and the pools allow.
     tier1: platform of the dense stages; None: JAX's default backend.
     attention: "tier2" keeps the KV pools and the attention on the CPU; "tier1" puts both on the accelerator.
@@ -46,6 +50,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 256
     num_microbatches: int = 2
+    order: Literal["deepest", "oldest"] = "deepest"
     max_model_len: int | None = None
     tier1: Literal["cpu", "gpu"] | None = None
     attention: Literal["tier1", "tier2"] = "tier2"
@@ -59,8 +64,12 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("kv_cache_bytes", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches"):
+        for name in ("kv_cache_bytes", "page_size", "max_num_batched_tokens", "max_num_seqs"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
+        _check(
+            "num_microbatches", self.num_microbatches, 0 <= self.num_microbatches <= MAX_LAYOUTS, f"0 to {MAX_LAYOUTS}"
+        )
+        _check("order", self.order, self.order in ORDERS, f"one of {ORDERS}")
         _check(
             "kv_cache_dtype",
             self.kv_cache_dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,11 @@ def start_copy(arrays: tuple[jax.Array, ...], device: Any) -> None:
     for array in arrays:
         if device.platform == "cpu" and _device_of(array).platform != "cpu":
             array.copy_to_host_async()
+
+
+def are_ready(arrays: Iterable[Any]) -> bool:
+    """Whether all of these jax.Arrays have been computed."""
+    return all(array.is_ready() for array in arrays)
 
 
 def land(array: jax.Array, device: Any) -> jax.Array:

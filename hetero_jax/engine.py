@@ -15,6 +15,7 @@ import models
 from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.config import EngineConfig
 from hetero_jax.dense_tier import DenseTier
+from hetero_jax.depth import SMALLEST_DEPTH, DepthRule
 from hetero_jax.devices import place
 from hetero_jax.engine_stats import EngineStats
 from hetero_jax.errors import ConfigError, RequestError
@@ -27,7 +28,7 @@ from hetero_jax.scheduler_types import Batch, SchedulerConfig
 from hetero_jax.sequence import RequestGroup, SequenceState, failed
 from hetero_jax.text import TextStream
 from hetero_jax.tier2 import make_tier2
-from hetero_jax.walk import Tiers, Timings, Walk
+from hetero_jax.walk import Tiers, Timings, Walk, choose
 from partition import Plan, partition
 
 Prompt = str | Sequence[int] | Request
@@ -82,13 +83,14 @@ class Engine:
                 page_size=self.config.page_size,
                 max_num_batched_tokens=self.config.max_num_batched_tokens,
                 max_num_seqs=self.config.max_num_seqs,
-                num_microbatches=self.config.num_microbatches,
+                num_microbatches=self.config.num_microbatches or SMALLEST_DEPTH,
                 max_model_len=self.max_model_len,
                 window=self.plan.window,
             ),
             pools={0: self._attention.num_pages} if self._fleet is None else {},
         )
         self._follow_workers()
+        self._depth = DepthRule()
         self._timings = Timings()
         self._tiers = Tiers(self.plan, self._dense, self._attention, self._timings)
         self._sequences: dict[int, SequenceState] = {}
@@ -224,7 +226,7 @@ class Engine:
         return ids
 
     def _drive(self, in_flight: dict[int, Walk]) -> Iterator[Completion]:
-        """Keep microbatches in flight, one step each in turn, so that one is on tier 1 while another is on tier 2."""
+        """Keep microbatches in flight, so that one is on tier 1 while others are on their way and on tier 2."""
         while self._scheduler.has_unfinished or in_flight:
             start_s = time.perf_counter()
             self._follow_workers()
@@ -233,9 +235,11 @@ class Engine:
             if not in_flight:
                 assert self._fleet is not None, "a pool that stays can always go on"
                 self._fleet.wait(self._scheduler)
-            done = [batch_id for batch_id, walk in in_flight.items() if walk.step()]
+                continue
+            batch_id = choose({batch_id: walk.wait for batch_id, walk in in_flight.items()}, self.config.order)
+            is_done = in_flight[batch_id].step()
             self._follow_workers()  # what comes back from one that was lost on the way counts for nothing
-            found = [each for batch_id in done for each in self._complete(batch_id, in_flight.pop(batch_id))]
+            found = self._complete(batch_id, in_flight.pop(batch_id)) if is_done else []
             self._add(total_s=time.perf_counter() - start_s)
             yield from found
 
@@ -270,6 +274,8 @@ class Engine:
                 completion = sequence.group.finish(sequence)
                 completions += [] if completion is None else [completion]
         self._scheduler.complete(batch_id, finished)
+        if self.config.num_microbatches == 0:
+            self._deepen(walk)
         self._add(
             tokens_generated=len(finished),
             sequences_done=sum(finished.values()),
@@ -277,6 +283,12 @@ class Engine:
             steps=1,
         )
         return completions
+
+    def _deepen(self, walk: Walk) -> None:
+        """Keep as many microbatches in flight as hide the time away from tier 1."""
+        stages = len(self.plan.stages)
+        self._depth.observe(tier1_s=walk.host_s / stages, away_s=self._attention.away_s())
+        self._scheduler.num_microbatches = self._depth.depth
 
     def _add(self, **counts: float) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in counts.items()})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from hetero_jax.devices import start_copy
 from hetero_jax.rows import select
 from hetero_jax.wire import from_wire, to_wire, wired_shape
 from hetero_jax.worker_fleet import WorkerFleet
-from hetero_jax.worker_session import Share, WorkerSession
+from hetero_jax.worker_session import Call, Share, WorkerSession
 from partition import PlannedSite
 
 
@@ -28,13 +29,32 @@ class Leaving(NamedTuple):
 class PendingRows:
     """The answer of a call that is on its way. dtype: of the rows once they are here."""
 
-    def __init__(self, rows: Callable[[], np.ndarray], dtype: Any) -> None:
-        """rows: waits for [R, heads, v_head_dim] as wired; raises WorkerError where the worker failed."""
-        self.rows, self.dtype = functools.cache(rows), dtype
+    def __init__(
+        self, parts: Sequence[tuple[np.ndarray, Call]], shape: tuple[int, ...], wired: Any, dtype: Any
+    ) -> None:
+        """parts: rows of each worker's call, and that; shape: [R, heads, v_head_dim] of dtype `wired`."""
+        self._parts, self._shape, self._wired, self.dtype = parts, shape, wired, dtype
+
+    def is_ready(self) -> bool:
+        """Whether all is there."""
+        return all(call.is_ready() for _, call in self._parts)
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """Waits for [R, heads, v_head_dim] as wired.
+
+        Raises:
+          WorkerError: a worker failed without being lost.
+        """
+        out = np.zeros(self._shape, self._wired)  # rows of no sequence are 0
+        for rows, call in self._parts:
+            if (found := call.rows()) is not None:
+                out[rows] = found[: len(rows)]
+        return out
 
     def block_until_ready(self) -> PendingRows:
         """What `jax.block_until_ready` asks for."""
-        self.rows()
+        assert self.rows is not None
         return self
 
 
@@ -57,6 +77,7 @@ class RemoteTier:
     ) -> None:
         self._fleet, self._page_size = fleet, page_size
         self._tier1, self._wire_dtype = tier1, wire_dtype
+        self.waited_s = 0.0
         self._host = jax.local_devices(backend="cpu")[0]
         self._out_shapes = [(site.spec.num_heads, site.spec.v_head_dim) for site in sites if site.spec is not None]
 
@@ -98,22 +119,24 @@ class RemoteTier:
             (share.rows, share.session.attend(site, share, [share.take(array) for array in arrays], shape[1:]))
             for share in layouts
         ]
-        return PendingRows(lambda: _together(calls, shape, arrays[0].dtype), inputs[0].dtype)
+        return PendingRows(calls, shape, arrays[0].dtype, inputs[0].dtype)
+
+    def is_ready(self, pending: PendingRows) -> bool:
+        """Whether the answers are there."""
+        return pending.is_ready()
+
+    def away_s(self) -> float:
+        """As Tier2: of the slowest worker."""
+        times = [session.times for session in self._fleet.sessions.values()]
+        return max((each.wire_s + each.tier2_s for each in times), default=0.0)
 
     def fetch(self, pending: PendingRows) -> tuple[jax.Array, ...]:
         """[R, heads, v_head_dim] on tier 1, in the dtype that q had there."""
-        return from_wire([jax.device_put(pending.rows(), self._tier1)], pending.dtype)
+        begin_s = time.monotonic()
+        rows = pending.rows
+        self.waited_s += time.monotonic() - begin_s
+        return from_wire([jax.device_put(rows, self._tier1)], pending.dtype)
 
     def _share(self, session: WorkerSession, layout: AttentionLayout, chosen: np.ndarray) -> Share:
         rows, part = select(layout, chosen, num_pages=session.num_pages, page_size=self._page_size)
         return session.place(rows, part)
-
-
-def _together(
-    calls: Sequence[tuple[np.ndarray, Callable[[], np.ndarray | None]]], shape: tuple[int, ...], dtype: Any
-) -> np.ndarray:
-    out = np.zeros(shape, dtype)  # rows of no sequence are 0
-    for rows, answer in calls:
-        if (found := answer()) is not None:
-            out[rows] = found[: len(rows)]
-    return out

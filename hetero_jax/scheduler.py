@@ -53,6 +53,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, pools: Mapping[int, int]) -> None:
         """pools: pages of each pool that is there from the beginning, by its number."""
         self.config = config
+        self.num_microbatches = config.num_microbatches  # may be changed at any time
         self.num_preemptions = 0
         self.num_replays = 0  # residencies that ended with their pool
         self._pools: dict[int, Pool] = {}
@@ -144,7 +145,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next microbatch to launch now; None where nothing can start before a `complete`, `add` or `apply`."""
-        if len(self._in_flight) >= self.config.num_microbatches:
+        if len(self._in_flight) >= self.num_microbatches:
             return None
         self._leave_draining_pools()
         num_ready = len(self._decode_ready) + len(self._prefill_ready)
@@ -266,8 +267,8 @@ class Scheduler:
 
     def _share(self, population: int, draft: Draft) -> int:
         """Sequences that one microbatch may take: an even part of all, and of those that are not in flight."""
-        num_idle_slots = self.config.num_microbatches - len(self._in_flight)
-        of_all = -(-population // self.config.num_microbatches)
+        num_idle_slots = self.num_microbatches - len(self._in_flight)
+        of_all = -(-population // self.num_microbatches)
         return min(of_all, -(-(population - draft.num_flying) // num_idle_slots))
 
     def _is_full(self, draft: Draft) -> bool:

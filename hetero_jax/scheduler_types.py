@@ -15,7 +15,7 @@ class SchedulerConfig:
     page_size: int  # positions per page
     max_num_batched_tokens: int  # rows per microbatch
     max_num_seqs: int  # running sequences over all microbatches
-    num_microbatches: int  # most microbatches in flight
+    num_microbatches: int  # most microbatches in flight, to begin with
     max_model_len: int  # most KV positions of one sequence
     window: int | None = None  # a row sees its own position and window - 1 before it; None: all
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.dense_tier import DenseTier
-from hetero_jax.devices import land
+from hetero_jax.devices import are_ready, land
 from hetero_jax.rows import PackedRows
 from hetero_jax.sampler import RowSampling, SamplerOutputs, build_inputs, sample
 from partition import Plan, Stage, Value
@@ -24,7 +25,11 @@ class Tier2(Protocol):
     What `place_layout` gives goes into `attend`, and so does what `begin` makes of each array that is sent; what that
     gives goes into `fetch`, for the rows [R, heads, v_head_dim]. Rows of a pool that is lost on the way come back as
     something finite.
+
+    waited_s: seconds that `fetch` has waited.
     """
+
+    waited_s: float
 
     def place_layout(self, layout: AttentionLayout, pools: Sequence[int]) -> Any: ...
 
@@ -32,7 +37,37 @@ class Tier2(Protocol):
 
     def attend(self, site: int, layouts: Any, inputs: Sequence[Any]) -> Any: ...
 
+    def is_ready(self, pending: Any) -> bool: ...
+
     def fetch(self, pending: Any) -> tuple[jax.Array, ...]: ...
+
+    def away_s(self) -> float:
+        """Seconds of a call that are not tier 1's: on the wire and in tier 2; 0 where it is not known."""
+        ...
+
+
+class Wait(NamedTuple):
+    """What a microbatch waits for.
+
+    stage: that it was in. for_tier1: arrays that tier 1 computes; else what tier 2 does. is_ready: it need not wait.
+    """
+
+    stage: int
+    for_tier1: bool
+    is_ready: Callable[[], bool]
+
+
+def choose(waits: Mapping[int, Wait], order: str) -> int:
+    """The microbatch to step next, of those in flight by number.
+
+    One that need not wait: the deepest, which ends soonest and makes room (Glinthawk), or the oldest. None can starve:
+    those that overtake it are finite in number, as they end too and new ones begin behind it. Where all wait, the one
+    that waits for tier 1: what is computed there comes soon, and tier 2 lacks work until it is sent. Else the oldest.
+    """
+    ready = [number for number, wait in waits.items() if wait.is_ready()]
+    if ready:
+        return max(ready, key=lambda number: (waits[number].stage if order == "deepest" else 0, -number))
+    return min(waits, key=lambda number: (not waits[number].for_tier1, number))
 
 
 class Timings:
@@ -68,11 +103,13 @@ class Tiers:
 
 
 class Walk:
-    """The steps of one microbatch; each ends where the next thing to do waits for the other tier.
+    """The steps of one microbatch; each ends where the next thing to do waits for a tier.
 
-    Stepping several walks in turn keeps both tiers busy: JAX dispatches asynchronously, and only copies between
-    devices and the sampled tokens are waited for.
+    Stepping several walks keeps both tiers busy: JAX dispatches asynchronously, and only copies between devices,
+    answers of workers and the sampled tokens are waited for.
 
+    wait: what the next step waits for.
+    host_s: seconds of the steps so far, but for those in which tier 2 was waited for.
     sampled: tokens and log probabilities of `rows.samplers`, in order, once `step` has returned True.
     """
 
@@ -81,12 +118,20 @@ class Walk:
         self.sampled: SamplerOutputs | None = None
         self._tiers, self._sampling = tiers, sampling
         self._steps = self._walk()
+        self.wait = Wait(0, True, lambda: True)
+        self.host_s = 0.0
 
     def step(self) -> bool:
         """Go on to the next wait; True at the end."""
-        return next(self._steps, self) is self
+        attention = self._tiers.attention
+        begin_s, waited_s = time.perf_counter(), attention.waited_s
+        wait = next(self._steps, None)
+        self.host_s += time.perf_counter() - begin_s - (attention.waited_s - waited_s)
+        if wait is not None:
+            self.wait = wait
+        return wait is None
 
-    def _walk(self) -> Iterator[None]:
+    def _walk(self) -> Iterator[Wait]:
         dense = self._tiers.dense
         tokens, positions = dense.place(self.rows.tokens), dense.place(self.rows.positions)
         values: dict[Value, jax.Array] = {}
@@ -95,7 +140,7 @@ class Walk:
         if self._sampling:
             yield from self._sample(tokens, positions, [values[value] for value in self._tiers.plan.stages[-1].reads])
 
-    def _sample(self, tokens: jax.Array, positions: jax.Array, reads: Sequence[jax.Array]) -> Iterator[None]:
+    def _sample(self, tokens: jax.Array, positions: jax.Array, reads: Sequence[jax.Array]) -> Iterator[Wait]:
         dense, timings = self._tiers.dense, self._tiers.timings
         slots = len(self.rows.sampled)
         inputs, variant = build_inputs(self._sampling, vocab_size=self._tiers.plan.vocab_size, num_slots=slots)
@@ -105,13 +150,13 @@ class Walk:
         with timings.measure("sample") as wait:
             sampled = sample(logits, dense.place(inputs), variant)
             wait(sampled)
-        yield
+        yield Wait(len(self._tiers.plan.sites), True, lambda: are_ready(jax.tree.leaves(sampled)))
         self.sampled = jax.tree.map(np.asarray, sampled)
 
 
 def run_stages(
     tiers: Tiers, rows: PackedRows, tokens: jax.Array, positions: jax.Array, values: dict[Value, jax.Array]
-) -> Iterator[None]:
+) -> Iterator[Wait]:
     """D0 -> A0 -> ... -> A(L-1), leaving in `values` what the last stage reads; pauses where a tier is waited for."""
     plan, dense, attention, timings = tiers.plan, tiers.dense, tiers.attention, tiers.timings
     layouts = attention.place_layout(rows.layout, rows.pools)
@@ -124,11 +169,11 @@ def run_stages(
         tiers.release(values, stage)
         leaving = attention.begin(sent)
         sends.update({(send.site, send.index): array for send, array in zip(stage.sends, leaving, strict=True)})
-        yield
+        yield Wait(stage.index, True, functools.partial(are_ready, sent))
         inputs = [sends.pop((stage.index, index)) for index in range(len(site.inputs))]
         with timings.measure("attention") as wait:
             outputs = attention.attend(stage.index, layouts, inputs)
             wait(outputs)
-        yield
+        yield Wait(stage.index, False, functools.partial(attention.is_ready, outputs))
         found = (land(array, dense.device) for array in attention.fetch(outputs))
         values.update(zip(site.site.outputs, found, strict=True))

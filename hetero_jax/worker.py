@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -56,6 +57,7 @@ class TierHandler(Handler):
             raise ConfigError("an attend without k and v; allowed: with them")
         if attend.layout not in self._layouts:
             raise ConfigError(f"an attend with layout {attend.layout}; allowed: one that was sent before")
+        began_ns = time.monotonic_ns()
         wired = [jax.device_put(array, self._tier.device) for array in (attend.q, attend.k, attend.v)]
         dtype = wired[0].dtype.name
         if dtype not in WIRE_DTYPES:
@@ -63,7 +65,8 @@ class TierHandler(Handler):
         rows = from_wire(wired, "float32") if dtype == "int8" else wired
         out = self._tier.attend(attend.site, self._layouts[attend.layout], rows)
         (answer,) = to_wire(out, dtype)
-        return Result(request_id=attend.request_id, out=np.asarray(answer))
+        found = np.asarray(answer)
+        return Result(request_id=attend.request_id, out=found, began_ns=began_ns, ended_ns=time.monotonic_ns())
 
     def release(self, release: Release) -> None:
         """As Handler: nothing, as the engine gives pages away again itself."""

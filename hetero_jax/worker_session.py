@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.depth import CallTimes
 from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
 from transport import MAX_LAYOUTS, Answer, Hello, Result, TransportError, WorkerClient, connect
@@ -67,6 +68,7 @@ class WorkerSession:
         self._step_timeout_s = step_timeout_s
         self._failure: TransportError | None = None
         self._free_slots = list(range(MAX_LAYOUTS))
+        self.times = CallTimes()
         self.num_pages = self._client.welcome.page_budget
         stats = self._guard(lambda: self._client.stats().result(step_timeout_s))
         self.pool_bytes = cast("int", stats.values["pool_bytes"])
@@ -92,33 +94,24 @@ class WorkerSession:
         weakref.finalize(share, self._free_slots.append, slot).atexit = False
         return share
 
-    def attend(
-        self, site: int, share: Share, inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]
-    ) -> Callable[[], np.ndarray | None]:
-        """Send q, k and v of the rows on their way.
-
-        Returns:
-          What waits for the answer, [R, *row_shape]; it gives None where the worker is lost, and raises WorkerError
-          where it failed otherwise.
-        """
+    def attend(self, site: int, share: Share, inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]) -> Call:
+        """Send q, k and v of the rows on their way; the answer is [R, *row_shape]."""
         q, k, v = inputs
+        began_s = time.monotonic()
         answer = self._unless_lost(lambda: self._client.attend(site=site, layout=share.slot, q=q, k=k, v=v))
-        if answer is None:
-            return lambda: None
-        return lambda: self._rows(answer, (len(q), *row_shape), q.dtype)
+        return Call(self, answer, began_s, (len(q), *row_shape), q.dtype)
+
+    def read_ready(self) -> None:
+        """Take the answers that have come."""
+        self._client.read_ready()
 
     def close(self) -> None:
         """End the connection."""
         self._client.close()
 
-    def _rows(self, answer: Answer[Result], shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
-        result = self._unless_lost(lambda: self._wait(answer))
-        if result is None:
-            return None
-        out = result.out
-        if out.shape != shape or out.dtype != dtype:
-            raise WorkerError(f"worker {self.address} answered {out.dtype}{out.shape}; allowed: {dtype}{shape}")
-        return out
+    def finish(self, answer: Answer[Result]) -> Result | None:
+        """Waits for an answer; None where the worker is lost."""
+        return self._unless_lost(lambda: self._wait(answer))
 
     def _wait(self, answer: Answer[Result]) -> Result:
         """Requests are answered in order, so that any answer is progress."""
@@ -147,6 +140,41 @@ class WorkerSession:
             return call()
         except TransportError as error:
             raise WorkerError(f"worker {self.address}: {error}") from error
+
+
+class Call:
+    """A worker's part of a call, under way. began_s: of its sending; answer: None where the worker is lost."""
+
+    def __init__(
+        self,
+        session: WorkerSession,
+        answer: Answer[Result] | None,
+        began_s: float,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+    ) -> None:
+        self._session, self._answer, self._began_s, self._shape, self._dtype = session, answer, began_s, shape, dtype
+
+    def is_ready(self) -> bool:
+        """Whether `rows` need not wait; looks for what has come."""
+        if self._answer is None or self._answer.done:
+            return True
+        self._session.read_ready()
+        return self._answer.done
+
+    def rows(self) -> np.ndarray | None:
+        """The answer; None where the worker is lost. Raises WorkerError where it failed otherwise."""
+        answer = self._answer
+        result = None if answer is None else self._session.finish(answer)
+        if answer is None or result is None:
+            return None
+        out = result.out
+        if out.shape != self._shape or out.dtype != self._dtype:
+            seen, allowed = f"{out.dtype}{out.shape}", f"{self._dtype}{self._shape}"
+            raise WorkerError(f"worker {self._session.address} answered {seen}; allowed: {allowed}")
+        trip_s = answer.done_at_s - self._began_s
+        self._session.times.observe(trip_s=trip_s, began_ns=result.began_ns, ended_ns=result.ended_ns)
+        return out
 
 
 def _by_name(layout: AttentionLayout) -> dict[str, np.ndarray]:

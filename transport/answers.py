@@ -23,13 +23,16 @@ _TICK_S = 0.02  # without anybody reading
 
 
 class Answer(Generic[T]):
-    """The answer to one request, or why there is none."""
+    """The answer to one request, or why there is none.
+
+    done_at_s: when it came, by the monotonic clock.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._value: T | None = None
         self._error: TransportError | None = None
-        self.done = False
+        self.done, self.done_at_s = False, 0.0
 
     def result(self, timeout_s: float | None = None) -> T:
         """Wait for it.
@@ -46,11 +49,11 @@ class Answer(Generic[T]):
 
     def set_result(self, value: T) -> None:
         """For the reader's receiver of messages."""
-        self._value, self.done = value, True
+        self._value, self.done_at_s, self.done = value, time.monotonic(), True
 
     def set_exception(self, error: TransportError) -> None:
         """As set_result."""
-        self._error, self.done = error, True
+        self._error, self.done_at_s, self.done = error, time.monotonic(), True
 
 
 class Reader:
@@ -58,14 +61,19 @@ class Reader:
 
     Args:
       receive: the next message; raises TransportError at the end.
+      has_data: whether some of it is there.
       take: what to do with one.
       end: called once, with what `receive` or `take` raised; every Answer must be done then.
     """
 
     def __init__(
-        self, receive: Callable[[], Message], take: Callable[[Message], None], end: Callable[[TransportError], None]
+        self,
+        receive: Callable[[], Message],
+        has_data: Callable[[], bool],
+        take: Callable[[Message], None],
+        end: Callable[[TransportError], None],
     ) -> None:
-        self._receive, self._take, self._end = receive, take, end
+        self._receive, self._has_data, self._take, self._end = receive, has_data, take, end
         self._leading = threading.Lock()
         self._led = False  # by somebody who waits, since the last tick
         self._wanted = threading.Event()  # somebody needs the thread to lead
@@ -89,6 +97,15 @@ class Reader:
                 self._read_one()
         finally:
             self._leading.release()
+
+    def read_ready(self) -> None:
+        """Take what has come, without waiting for more."""
+        if self._leading.acquire(blocking=False):
+            try:
+                while not self._ended and self._has_data():
+                    self._read_one()
+            finally:
+                self._leading.release()
 
     @contextmanager
     def while_stuck(self) -> Generator[None]:

@@ -65,7 +65,7 @@ class WorkerClient:
         self.failure: TransportError | None = None
         self.answered_s = time.monotonic()
         peer.start(lambda: Ping(token=time.monotonic_ns()))
-        self._reader = Reader(peer.receive, self._take, self._end)
+        self._reader = Reader(peer.receive, peer.has_data, self._take, self._end)
 
     def layout(self, *, slot: int, arrays: Mapping[str, Tensor]) -> None:
         """Send a Layout for the Attends to come."""
@@ -86,6 +86,10 @@ class WorkerClient:
         """Ask for the worker's figures."""
         request_id = next(self._ids)
         return self._ask(request_id, StatsRequest(request_id=request_id))
+
+    def read_ready(self) -> None:
+        """Take the answers that have come, without waiting."""
+        self._reader.read_ready()
 
     def release(self, pages: Tensor) -> None:
         """Give pages back, [n] int64, after the requests so far."""

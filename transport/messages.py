@@ -66,11 +66,17 @@ class Attend:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """Answer to an Attend. out: [rows, heads, v_head_dim]; log_sum_exp: [rows, heads], where parts will be merged."""
+    """Answer to an Attend.
+
+    out: [rows, heads, v_head_dim]; log_sum_exp: [rows, heads], where parts will be merged.
+    began_ns, ended_ns: of the worker's work, by its own clock.
+    """
 
     request_id: int
     out: Tensor
     log_sum_exp: Tensor | None = None
+    began_ns: int = 0
+    ended_ns: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -68,6 +68,10 @@ class Peer:
             self._receive_some()
         return self._received.pop(0)
 
+    def has_data(self) -> bool:
+        """Whether a message, or some of one, is there; for the thread that receives."""
+        return bool(self._received) or self._stream.has_data()
+
     def messages(self) -> Iterator[Message]:
         """What `receive` gives, until it raises."""
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import select
 import socket
 import ssl
 import struct
@@ -42,6 +43,10 @@ class Stream(Protocol):
 
     def receive_into(self, buffer: memoryview) -> int:
         """Bytes received, 0 at the end of the stream."""
+        ...
+
+    def has_data(self) -> bool:
+        """Whether `receive_into` has something to give, be it the end."""
         ...
 
     def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
@@ -83,6 +88,12 @@ class SocketStream:
             raise ConnectionLostError("the peer fell silent") from None
         except OSError as error:
             raise ConnectionLostError(f"the connection broke: {error}") from None
+
+    def has_data(self) -> bool:
+        """As Stream."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
         """As Stream."""
@@ -178,6 +189,10 @@ class TlsStream:
                 return 0
             except ssl.SSLError as error:
                 raise ConnectionLostError(f"TLS failed: {error}") from None
+
+    def has_data(self) -> bool:
+        """As Stream."""
+        return bool(self._tls.pending() or self._incoming.pending) or self._stream.has_data()
 
     def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
         """As Stream."""

@@ -28,8 +28,11 @@ def secret_file(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize(("memories", "authenticated"), [([24], False), ([24], True), ([8, 16], True)])
-def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret_file, memories, authenticated):
+@pytest.mark.parametrize(
+    ("memories", "authenticated", "order"),
+    [([24], False, "deepest"), ([24], True, "oldest"), ([8, 16], True, "deepest")],
+)
+def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret_file, memories, authenticated, order):
     secret = secret_file if authenticated else None
     flags = [f"--secret_file={secret}"] if authenticated else []
     with contextlib.ExitStack() as workers:
@@ -41,6 +44,7 @@ def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret
             page_size=16,
             secret_file=secret,
             wire_dtype="float32",
+            order=order,
             max_num_batched_tokens=64,
             max_model_len=128,
         )
@@ -90,7 +94,7 @@ def _alibi_with_sinks(q, k, v, positions, *, sinks):
 def test_biases_windows_caps_and_sinks_travel_and_a_worker_serves_one_engine_after_another():
     prompts = [[n + 1, 2, 3, 5, 8, 13, 21] for n in range(3)]
     with worker_process("--kv_cache_bytes=1M") as (address, _):
-        config = hj.EngineConfig(workers=(address,), wire_dtype="float32")
+        config = hj.EngineConfig(workers=(address,), wire_dtype="float32", num_microbatches=0)
         for small in (SmallModel(), SmallModel(attention=_alibi_with_sinks, extra={"sinks": (6,)})):
             params = small.params()
             plan = hj.partition(small, params, max_rows=64)
