@@ -55,22 +55,23 @@ class Captured:
         return dataclasses.replace(program, equations=(*made, *program.equations), constants=constants)
 
 
-def learn(programs: Mapping[int, Program], max_rows: int, program_at: Callable[[int], Program]) -> Captured:
+def learn_captured(program_at: Callable[[int], Program], sizes: Sequence[int], max_rows: int) -> Captured:
     """What the arrays are that the model captures.
 
     Args:
-      programs: the model's own program, by the number of tokens; the first asks.
-      program_at: the same at any other number.
+      program_at: the model's own program at a number of tokens.
+      sizes: numbers of tokens to compare with the largest.
 
     Raises:
       TraceError: an entry differs between numbers of tokens, or the arrays at `max_rows` tokens are too large.
     """
-    rows, program = next(iter(programs.items()))
-    asked = {number: value for number, value in enumerate(_arrays(program)) if rows in value.shape}
+    rows, program = sizes[0], program_at(sizes[0])
+    used = {value for eqn in program.equations for value in eqn.inputs}
+    asked = {n: value for n, value in enumerate(_arrays(program)) if rows in value.shape and value in used}
     if not asked:
         return Captured()
     _check_size(program, asked.values(), rows, max_rows)
-    captured = {size: _captured(each) for size, each in {**programs, max_rows: program_at(max_rows)}.items()}
+    captured = {size: _captured(program_at(size)) for size in dict.fromkeys((*sizes, max_rows))}
     tables, squares = {}, {}
     for number, value in asked.items():
         axes = [axis for axis, size in enumerate(value.shape) if size == rows]

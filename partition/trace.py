@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partition.captured import Captured, learn
+from partition.captured import Captured, learn_captured
 from partition.errors import TraceError
 from partition.evaluate import evaluate_tables, row_shape
 from partition.extras import split_extras
@@ -20,9 +21,18 @@ from partition.jaxpr import Equation, Program, Value, trace
 from partition.last_row import every_row
 from partition.rules import resized_params
 from partition.running_count import count_by_attention
+from partition.skew import Skews, learn_skews
 from partition.structure import closure, producers
 
 _LARGEST_TRACE_ROWS = 1021
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What comparing programs of several numbers of tokens says of captured arrays and of skewed products."""
+
+    captured: Captured
+    skews: Skews
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +40,7 @@ class Traced:
     """The program at `rows` tokens. Every dimension equal to `rows` is the token axis or counts tokens.
 
     other_program, other_rows: the same model at another number of tokens.
-    captured: what is looked up of the arrays that the model captures while it is traced.
+    learned: how the program is made of the model's own, at any number of tokens.
     counts: scalars that are a * (number of tokens) + b, as (a, b): the length of an axis.
     position_tables: values with a token axis that are looked up (say a captured `np.arange(T)`), for positions
       0 .. max_rows - 1.
@@ -40,7 +50,7 @@ class Traced:
     rows: int
     other_program: Program
     other_rows: int
-    captured: Captured
+    learned: Learned
     counts: Mapping[Value, tuple[int, int]]
     max_rows: int
     weights: tuple[Value, ...]
@@ -78,9 +88,8 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
     """
     leaves = jax.tree_util.tree_leaves_with_path(forward.params)
     sizes = _unlike_dimensions(forward.params, max_rows)
-    written = {rows: _as_written(forward, rows) for rows in sizes}
-    captured = learn(written, max_rows, lambda rows: _as_written(forward, rows))
-    program, other_program = (_made_plain(each, rows, captured) for rows, each in written.items())
+    learned = _learn(forward, sizes, max_rows)
+    program, other_program = (trace_at(forward, each, learned) for each in sizes)
     rows, other_rows = sizes
     _check_output(program, rows)
     count = len(leaves)
@@ -95,28 +104,33 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
         weight_names=tuple(jax.tree_util.keystr(path) for path, _ in leaves),
         tokens=program.inputs[count],
         positions=program.inputs[count + 1],
-        captured=captured,
-        position_tables=captured.position_tables(program),
+        learned=learned,
+        position_tables=learned.captured.position_tables(program),
     )
 
 
-def trace_at(forward: Forward, rows: int, captured: Captured) -> Program:
+def trace_at(forward: Forward, rows: int, learned: Learned) -> Program:
     """The program of `rows` tokens, with logits for each.
 
-    Its inputs are the leaves of the parameters, tokens and positions; what it captures is looked up as was `captured`.
+    Its inputs are the leaves of the parameters, tokens and positions.
     """
-    return _made_plain(_as_written(forward, rows), rows, captured)
+    program = learned.skews.resolved(_as_written(forward, rows), rows)
+    program = count_by_attention(learned.captured.resolved(program, rows), rows)
+    return split_extras(every_row(program, rows), rows)
+
+
+def _learn(forward: Forward, sizes: Sequence[int], max_rows: int) -> Learned:
+    written = functools.cache(functools.partial(_as_written, forward))
+    shorter = next(rows_unlike_dimensions(forward.params, range(sizes[0] // 2, 6, -1)), sizes[1])
+    skews = learn_skews(written, (*sizes, shorter), max_rows)
+    captured = learn_captured(lambda rows: skews.resolved(written(rows), rows), sizes, max_rows)
+    return Learned(captured=captured, skews=skews)
 
 
 def _as_written(forward: Forward, rows: int) -> Program:
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), forward.params)
     tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
     return trace(forward.fn, abstract, tokens, tokens, rows=rows)
-
-
-def _made_plain(program: Program, rows: int, captured: Captured) -> Program:
-    resolved = captured.resolved(program, rows)
-    return split_extras(every_row(count_by_attention(resolved, rows), rows), rows)
 
 
 def _counts(program: Program, rows: int, other: Program, other_rows: int) -> dict[Value, tuple[int, int]]:

@@ -99,7 +99,7 @@ class _Plain:
         count, program = next(
             (count, program)
             for count in rows_unlike_dimensions(params, itertools.count(max(len(ids), 7)))
-            if len((program := trace_at(plan.forward, count, plan.analysis.traced.captured)).equations)
+            if len((program := trace_at(plan.forward, count, plan.analysis.traced.learned)).equations)
             == len(traced.equations)
         )
         padded = jnp.asarray(np.pad(ids, (0, count - len(ids))))[None]
