@@ -5,6 +5,7 @@ from hetero_jax.engine import Engine
 from hetero_jax.engine_stats import EngineStats
 from hetero_jax.errors import HeteroJaxError
 from hetero_jax.outputs import Completion, Request, Sample
+from hetero_jax.restore import restore
 from hetero_jax.sampling_params import SamplingParams
 from models import Tokenizer, load
 from partition import Plan, partition
@@ -22,4 +23,5 @@ __all__ = [
     "Tokenizer",
     "load",
     "partition",
+    "restore",
 ]

@@ -11,17 +11,14 @@ from partition import Plan, StageFunction, prepare_weights, stage_functions
 
 
 class DenseTier:
-    """Runs the stages of a plan. Structurally equal stages share one jitted function and take their own weights.
-
-    prepared: what the stages read besides rows, and the weights that sites read, on `device`.
-    """
+    """Runs the stages of a plan. Structurally equal stages share one jitted function and take their own weights."""
 
     def __init__(self, plan: Plan, params: Any, *, device: Any) -> None:
         self.device = device
         self._plan = plan
         with jax.default_device(device):
-            self.prepared = prepare_weights(plan, params, device)
-        self._externals = [tuple(self.prepared[value] for value in stage.externals) for stage in plan.stages]
+            prepared = prepare_weights(plan, params, device)
+        self._externals = [tuple(prepared[value] for value in stage.externals) for stage in plan.stages]
         self._stages = stage_functions(plan, jax.jit)
         self._selects = stage_functions(plan, _jit_select)
 

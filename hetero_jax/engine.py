@@ -75,7 +75,7 @@ class Engine:
         dtype = jnp.dtype(self.config.kv_cache_dtype or _float_dtype(params))
         self._dense = DenseTier(self.plan, params, device=placement.tier1)
         self._attention, self._fleet = make_tier2(
-            self.config, self.plan, self._dense, dtype=dtype, device=placement.tier2, max_model_len=self.max_model_len
+            self.config, self.plan, params, placement, dtype=dtype, max_model_len=self.max_model_len
         )
         _check_tier1_memory(self.config, self._dense, self._attention)
         self._scheduler = Scheduler(
@@ -299,8 +299,12 @@ def _plan_of(model: models.LoadedModel | Plan, max_model_len: int | None) -> Pla
         return partition(model.module, max_rows=max_model_len or model.config.max_position_embeddings)
     if (max_model_len or 0) > model.max_rows:
         raise ConfigError(f"max_model_len={max_model_len}: the plan was made for at most {model.max_rows} tokens")
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model.forward.params)):
-        raise ConfigError("the plan was made from shapes alone; allowed: a plan of parameters that are arrays")
+    leaves = jax.tree.leaves(model.forward.params)
+    if any(isinstance(leaves[number], jax.ShapeDtypeStruct) for number in model.stage_leaves | model.site_leaves):
+        raise ConfigError(
+            "the plan was made from shapes alone; allowed: a plan of parameters that are arrays, or "
+            "hetero_jax.restore(plan, folder)"
+        )
     return model
 
 

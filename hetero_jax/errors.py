@@ -2,6 +2,7 @@
 
 HeteroJaxError                 anything this package raises on purpose
 |-- ConfigError                a configuration that does not fit the model or the machine
+|-- CheckpointError            a checkpoint that is damaged, or of other parameters than the plan's
 |-- RequestError               a request that cannot run
 |   |-- SamplingParamsError    a sampling parameter out of range, or a combination that has no meaning
 |   `-- CapacityError          longer than the model or the KV pool allows
@@ -18,6 +19,10 @@ class HeteroJaxError(Exception):
 
 class ConfigError(HeteroJaxError):
     """A configuration that does not fit the model or the machine."""
+
+
+class CheckpointError(HeteroJaxError):
+    """A checkpoint that is damaged, or of other parameters than the plan's; the message begins with its path."""
 
 
 class RequestError(HeteroJaxError):

@@ -4,41 +4,51 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.config import EngineConfig
-from hetero_jax.dense_tier import DenseTier
 from hetero_jax.described_site import describe, fingerprint
+from hetero_jax.devices import Placement
 from hetero_jax.endpoint import engine_tls, read_secret
 from hetero_jax.pages import pages_for
 from hetero_jax.remote_tier import RemoteTier
 from hetero_jax.worker_fleet import WorkerFleet
 from hetero_jax.worker_session import WorkerSession
-from partition import Plan
+from partition import Plan, Value, prepare_site_weights
 from transport import Hello
 
 
 def make_tier2(
-    config: EngineConfig, plan: Plan, dense: DenseTier, *, dtype: Any, device: Any, max_model_len: int
+    config: EngineConfig, plan: Plan, params: Any, placement: Placement, *, dtype: Any, max_model_len: int
 ) -> tuple[AttentionTier | RemoteTier, WorkerFleet | None]:
     """The tier, and its workers where it has some.
 
+    Args:
+      params: of the plan, with arrays where its sites read them.
+      dtype: element type of the pools.
     Raises:
       ConfigError: it does not fit, or has a site that workers do not serve.
       WorkerError: a worker is not there, or refuses.
     """
+    with jax.default_device(placement.tier2):
+        weights = prepare_site_weights(plan, params, placement.tier2)
     if config.workers:
-        fleet = _make_fleet(config, plan, dense, dtype=dtype, max_model_len=max_model_len)
+        fleet = _make_fleet(config, plan, weights, dtype=dtype, max_model_len=max_model_len)
         return RemoteTier(
-            plan.sites, fleet, page_size=config.page_size, wire_dtype=config.wire_dtype, tier1=dense.device
+            plan.sites, fleet, page_size=config.page_size, wire_dtype=config.wire_dtype, tier1=placement.tier1
         ), fleet
-    shape = {"page_size": config.page_size, "dtype": dtype, "device": device}
-    return AttentionTier(plan.sites, dense.prepared, kv_cache_bytes=config.kv_cache_bytes, **shape), None
+    shape = {"page_size": config.page_size, "dtype": dtype, "device": placement.tier2}
+    return AttentionTier(plan.sites, weights, kv_cache_bytes=config.kv_cache_bytes, **shape), None
 
 
-def _make_fleet(config: EngineConfig, plan: Plan, dense: DenseTier, *, dtype: Any, max_model_len: int) -> WorkerFleet:
-    sites = describe(plan.sites, dense.prepared, page_size=config.page_size, dtype=dtype)
+def _make_fleet(
+    config: EngineConfig, plan: Plan, weights: Mapping[Value, jax.Array], *, dtype: Any, max_model_len: int
+) -> WorkerFleet:
+    sites = describe(plan.sites, weights, page_size=config.page_size, dtype=dtype)
     most_pages = config.max_num_seqs * pages_for(max_model_len, config.page_size)
     secret, tls = read_secret(config.secret_file), engine_tls(config.tls_ca)
 

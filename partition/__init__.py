@@ -1,7 +1,7 @@
 """Partitioner: finds the attention of a plain causal model in its jaxpr, proves the rest token-wise, and cuts there."""
 
 from partition.attention_spec import AttentionSpec, reference_attention
-from partition.compile import StageFunction, prepare_weights, stage_functions
+from partition.compile import StageFunction, prepare_site_weights, prepare_weights, stage_functions
 from partition.cut import Send, Stage
 from partition.errors import (
     PartitionError,
@@ -30,6 +30,7 @@ __all__ = [
     "UnsupportedSiteError",
     "Value",
     "partition",
+    "prepare_site_weights",
     "prepare_weights",
     "reference_attention",
     "stage_functions",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +20,27 @@ def prepare_weights(plan: Plan, params: Any, device: Any = None) -> dict[Value, 
     """Everything that the stages read besides rows: weights, values made of weights alone, and position tables.
 
     Args:
-      params: the pytree that the plan was made from, with arrays.
+      params: the pytree that the plan was made from, with arrays where the stages read it.
       device: where they are put, each by itself: of the stacked weights of a scan it only gets the slices.
     Returns:
-      an array for each external of each stage and each weight of a site; position tables have
-      `plan.max_rows` rows along their row axis.
+      an array for each external of each stage; position tables have `plan.max_rows` rows along their row axis.
     """
+    return _prepared(plan, params, (value for stage in plan.stages for value in stage.externals), device)
+
+
+def prepare_site_weights(plan: Plan, params: Any, device: Any = None) -> dict[Value, jax.Array]:
+    """The same of the weights that sites read."""
+    return _prepared(plan, params, (value for site in plan.sites for value in site.weights), device)
+
+
+def _prepared(plan: Plan, params: Any, values: Iterable[Value], device: Any) -> dict[Value, jax.Array]:
     traced = plan.analysis.traced
     env: dict[Value, Any] = dict(zip(traced.weights, jax.tree.leaves(params), strict=True))
     env.update({value: jnp.asarray(array) for value, array in plan.constants.items()})
     env[traced.positions] = jnp.arange(plan.max_rows, dtype=jnp.int32).reshape(
         row_shape(traced.positions, traced.rows, plan.max_rows)
     )
-    wanted = dict.fromkeys(value for stage in plan.stages for value in stage.externals)
-    wanted |= dict.fromkeys(value for site in plan.sites for value in site.weights)
+    wanted = dict.fromkeys(values)
     env = evaluate_tables(wanted, traced.program, env, traced_rows=traced.rows, max_rows=plan.max_rows)
     return {value: jax.device_put(env[value], device) for value in wanted}
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from partition.jaxpr import Value
 from partition.planned_site import PlannedSite
 from partition.recognise import plan_site
 from partition.sites import Site, find_sites
-from partition.structure import row_bytes, size_bytes
+from partition.structure import closure, row_bytes, size_bytes
 from partition.trace import check_any_rows, trace_causal
 
 if TYPE_CHECKING:
@@ -64,6 +64,22 @@ class Plan:
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Write an SVG picture of stages and sites, with the bytes of a row that pass between them."""
         Path(path).write_text(picture(self), encoding="utf-8")
+
+    @property
+    def stage_leaves(self) -> frozenset[int]:
+        """Which leaves of the parameters the stages read, by their numbers in `jax.tree.leaves`."""
+        return self._leaves_of(value for stage in self.stages for value in stage.externals)
+
+    @property
+    def site_leaves(self) -> frozenset[int]:
+        """Which leaves of the parameters the sites read."""
+        return self._leaves_of(value for site in self.sites for value in site.weights)
+
+    def _leaves_of(self, values: Iterable[Value]) -> frozenset[int]:
+        values = set(values)
+        made_from = closure(values, self.analysis.made_by, lambda _: True)
+        read = values.union(*(eqn.inputs for eqn in made_from))
+        return frozenset(number for number, leaf in enumerate(self.analysis.traced.weights) if leaf in read)
 
     @property
     def constants(self) -> Mapping[Value, Any]:

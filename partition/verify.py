@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition.attention_spec import reference_attention
-from partition.compile import prepare_weights, stage_functions
+from partition.compile import prepare_site_weights, prepare_weights, stage_functions
 from partition.errors import PartitionError
 from partition.jaxpr import Value
 from partition.labels import Axis
@@ -122,7 +122,7 @@ class _Decoder:
 
     def __init__(self, plan: Plan, params: Any, count: int) -> None:
         self.plan = plan
-        self.prepared = prepare_weights(plan, params)
+        self.prepared = prepare_weights(plan, params) | prepare_site_weights(plan, params)
         self.stages = stage_functions(plan, jax.jit)
         self.attend = {site.key: _attention(site) for site in plan.sites}
         self.count = count

@@ -15,7 +15,7 @@ from hetero_jax.pages import pages_for
 from hetero_jax.rows import pack
 from hetero_jax.scheduler_types import Batch, Chunk
 from hetero_jax.walk import Tiers, Timings, run_stages
-from partition import Plan
+from partition import Plan, prepare_site_weights
 
 PAGE_SIZE = 4
 
@@ -28,7 +28,7 @@ class CachedDecoder:
         dense = DenseTier(plan, params, device=device)
         attention = AttentionTier(
             plan.sites,
-            dense.prepared,
+            prepare_site_weights(plan, params, device),
             kv_cache_bytes=1 << 20,
             page_size=PAGE_SIZE,
             dtype=jnp.float32,
