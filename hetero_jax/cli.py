@@ -15,9 +15,11 @@ from absl import flags
 
 import models
 from hetero_jax.config import KV_CACHE_DTYPES, ORDERS, EngineConfig
+from hetero_jax.endpoint import read_secret
 from hetero_jax.engine import Engine
 from hetero_jax.errors import ConfigError, HeteroJaxError
 from hetero_jax.job import EXIT_CLEAN, EXIT_FAILED, JobConfig, run_job
+from hetero_jax.local_worker import follow_supervisor
 from hetero_jax.sampling_params import SamplingParams
 from hetero_jax.wire import WIRE_DTYPES
 from hetero_jax.worker import make_server
@@ -116,6 +118,10 @@ def _engine_flags(values: flags.FlagValues) -> None:
         "HOST:PORT of each worker that serves tier 2, with commas; default: this process.",
         flag_values=values,
     )
+    text = "File of HOST:PORT lines, watched: workers join and leave while the job runs."
+    flags.DEFINE_string("workers_file", None, text, flag_values=values)
+    text = "Workers to start here, each on its own cores with its part of kv_cache_bytes."
+    flags.DEFINE_integer("local_workers", 0, text, flag_values=values)
     _secret_flag(values)
     text = "PEM file of the CAs of the workers' certificates; default: no TLS."
     flags.DEFINE_string("tls_ca", None, text, flag_values=values)
@@ -146,6 +152,8 @@ def _worker_flags(values: flags.FlagValues) -> None:
     _secret_flag(values)
     flags.DEFINE_string("tls_cert", None, "PEM file of this worker's certificate: TLS.", flag_values=values)
     flags.DEFINE_string("tls_key", None, "PEM file of its key.", flag_values=values)
+    text = "Started by an engine: the secret comes on standard input, whose end ends the worker."
+    flags.DEFINE_bool("supervised", False, text, flag_values=values)
 
 
 def _generate_flags(values: flags.FlagValues) -> None:
@@ -207,14 +215,16 @@ def _generate(values: dict[str, Any]) -> int:
 
 def _rounding_on_the_wire(config: dict[str, Any], dtype: str) -> dict[str, str]:
     """The wire's dtype where it changes outputs."""
-    exact = not config["workers"] or config["wire_dtype"] in ("float32", dtype)
+    away = config["workers"] or config["workers_file"] or config["local_workers"]
+    exact = not away or config["wire_dtype"] in ("float32", dtype)
     return {} if exact else {"wire_dtype": config["wire_dtype"]}
 
 
 def _worker(values: dict[str, Any]) -> int:
-    names = ("listen", "secret_file", "tls_cert", "tls_key")
     kv_cache_bytes = parse_bytes(values["kv_cache_bytes"])
-    server = make_server(kv_cache_bytes=kv_cache_bytes, **{name: values[name] for name in names})
+    secret = follow_supervisor(sys.stdin.buffer) if values["supervised"] else read_secret(values["secret_file"])
+    options = {name: values[name] for name in ("listen", "tls_cert", "tls_key")}
+    server = make_server(kv_cache_bytes=kv_cache_bytes, secret=secret, **options)
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not for tier 2
     print("listening on {}:{}".format(*server.address), flush=True)
     signal.signal(signal.SIGTERM, lambda *_: server.drain("SIGTERM"))
@@ -262,7 +272,7 @@ def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches", "order")
     names += ("max_model_len", "tier1", "attention", "secret_file", "tls_ca", "wire_dtype", "step_timeout_s")
-    names += ("worker_wait_s", "tier1_memory_gb", "seed")
+    names += ("worker_wait_s", "workers_file", "local_workers", "tier1_memory_gb", "seed")
     config = {name: values[name] for name in names}
     return {
         **config,

@@ -17,7 +17,7 @@ KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 class EngineConfig:
     """Sizes and placement of an engine.
 
-    kv_cache_bytes: memory of the paged key-value pools, over all sites, in this process.
+    kv_cache_bytes: memory of the paged key-value pools, over all sites, in this process or its local workers.
     kv_cache_dtype: element type of the pools, one of KV_CACHE_DTYPES; None: the model's. int8 has one f32 scale for
       each token and head, and needs the native kernel.
     page_size: token positions in a page. Pages of 128 are read at the speed of a long run of memory, smaller ones waste
@@ -30,8 +30,11 @@ class EngineConfig:
     max_model_len: longest prompt + output in tokens; None: what the model and the pools allow.
     tier1: platform of the dense stages; None: JAX's default backend.
     attention: "tier2" keeps the KV pools and the attention on the CPU; "tier1" puts both on the accelerator.
-    workers: HOST:PORT of the workers that serve tier 2 in their own kv_cache_bytes; empty: this process does.
-    secret_file: holds the secret shared with the workers, 16 bytes or more; needed unless all are on loopback.
+    workers: HOST:PORT of the workers that serve tier 2 in their own kv_cache_bytes; all must be there at the beginning.
+    workers_file: lines of such addresses, watched: workers join and leave while a job runs.
+    local_workers: processes to start on this machine as workers, each on its own cores with its part of kv_cache_bytes.
+      Without workers of any kind, this process serves tier 2.
+    secret_file: holds the secret shared with workers elsewhere, 16 bytes or more; needed unless all are on loopback.
     tls_ca: PEM file of the CAs that sign the workers' certificates; None: no TLS.
     wire_dtype: element type of rows on their way to workers and back, one of WIRE_DTYPES; float32 gives the tokens of
       attention in this process, as does bfloat16 for a bfloat16 model. int8 has one f32 scale for each row and head.
@@ -55,6 +58,8 @@ class EngineConfig:
     tier1: Literal["cpu", "gpu"] | None = None
     attention: Literal["tier1", "tier2"] = "tier2"
     workers: tuple[str, ...] = ()
+    workers_file: str | None = None
+    local_workers: int = 0
     secret_file: str | None = None
     tls_ca: str | None = None
     wire_dtype: str = "bfloat16"
@@ -80,10 +85,11 @@ class EngineConfig:
         _check("tier1", self.tier1, self.tier1 in (None, "cpu", "gpu"), "cpu or gpu")
         _check("attention", self.attention, self.attention in ("tier1", "tier2"), "tier1 or tier2")
         _check("workers", self.workers, len(set(self.workers)) == len(self.workers), "each worker once")
-        away = not self.workers or self.attention == "tier2"
+        _check("local_workers", self.local_workers, self.local_workers >= 0, "0 or more")
+        away = not self.has_workers or self.attention == "tier2"
         _check("attention", self.attention, away, "tier2, as there are workers")
         for name in ("secret_file", "tls_ca"):
-            known = getattr(self, name) is None or bool(self.workers)
+            known = getattr(self, name) is None or bool(self.workers or self.workers_file)
             _check(name, getattr(self, name), known, "None, as there are no workers")
         _check("wire_dtype", self.wire_dtype, self.wire_dtype in WIRE_DTYPES, f"one of {WIRE_DTYPES}")
         for name in ("step_timeout_s", "worker_wait_s"):
@@ -91,6 +97,11 @@ class EngineConfig:
         limit = self.tier1_memory_gb
         _check("tier1_memory_gb", limit, limit is None or limit > 0, "more than 0")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1")
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether other processes serve tier 2."""
+        return bool(self.workers or self.workers_file or self.local_workers)
 
 
 def _check(name: str, seen: object, ok: bool, allowed: str) -> None:

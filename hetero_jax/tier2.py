@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,10 +14,12 @@ from hetero_jax.config import EngineConfig
 from hetero_jax.described_site import describe, fingerprint
 from hetero_jax.devices import Placement
 from hetero_jax.endpoint import engine_tls, read_secret
+from hetero_jax.local_worker import LocalWorker, own_cores
 from hetero_jax.pages import pages_for
 from hetero_jax.remote_tier import RemoteTier
 from hetero_jax.worker_fleet import WorkerFleet
 from hetero_jax.worker_session import WorkerSession
+from hetero_jax.workers_file import WorkersFile
 from partition import Plan, Value, prepare_site_weights
 from transport import Hello
 
@@ -36,7 +38,7 @@ def make_tier2(
     """
     with jax.default_device(placement.tier2):
         weights = prepare_site_weights(plan, params, placement.tier2)
-    if config.workers:
+    if config.has_workers:
         fleet = _make_fleet(config, plan, weights, dtype=dtype, max_model_len=max_model_len)
         return RemoteTier(
             plan.sites, fleet, page_size=config.page_size, wire_dtype=config.wire_dtype, tier1=placement.tier1
@@ -50,11 +52,29 @@ def _make_fleet(
 ) -> WorkerFleet:
     sites = describe(plan.sites, weights, page_size=config.page_size, dtype=dtype)
     most_pages = config.max_num_seqs * pages_for(max_model_len, config.page_size)
-    secret, tls = read_secret(config.secret_file), engine_tls(config.tls_ca)
 
-    def connect(address: str) -> WorkerSession:
+    def begin(address: str, secret: bytes | None, tls: ssl.SSLContext | None = None) -> WorkerSession:
         hello = Hello(fingerprint=fingerprint(sites), generation=time.time_ns(), page_budget=most_pages, sites=sites)
         return WorkerSession(address, hello, secret, tls, step_timeout_s=config.step_timeout_s)
 
-    connects = {address: functools.partial(connect, address) for address in config.workers}
-    return WorkerFleet(connects, wait_s=config.worker_wait_s)
+    secret, tls = read_secret(config.secret_file), engine_tls(config.tls_ca)
+    return WorkerFleet(
+        config.workers,
+        connect=lambda address: begin(address, secret, tls),
+        local=_start_local_workers(config, begin),
+        file=None if config.workers_file is None else WorkersFile(config.workers_file),
+        wait_s=config.worker_wait_s,
+    )
+
+
+def _start_local_workers(
+    config: EngineConfig, begin: Callable[[str, bytes | None], WorkerSession]
+) -> dict[str, Callable[[], WorkerSession]]:
+    """What begins a session with each, by its name."""
+    count = config.local_workers
+    return {
+        f"local worker {index}": LocalWorker(
+            kv_cache_bytes=config.kv_cache_bytes // count, cores=cores, begin=begin
+        ).connect
+        for index, cores in enumerate(own_cores(count) if count else [])
+    }

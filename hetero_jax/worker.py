@@ -13,7 +13,7 @@ import numpy as np
 from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.described_site import read_description
-from hetero_jax.endpoint import read_secret, split_address, worker_tls
+from hetero_jax.endpoint import split_address, worker_tls
 from hetero_jax.errors import ConfigError
 from hetero_jax.wire import WIRE_DTYPES, from_wire, to_wire
 from transport import Attend, Handler, Hello, Layout, Release, Result, WorkerServer
@@ -108,7 +108,7 @@ def make_server(
     *,
     listen: str,
     kv_cache_bytes: int,
-    secret_file: str | None = None,
+    secret: bytes | None = None,
     tls_cert: str | None = None,
     tls_key: str | None = None,
 ) -> WorkerServer:
@@ -124,4 +124,4 @@ def make_server(
     """
     host, port = split_address(listen)
     handler = TierHandler(kv_cache_bytes=kv_cache_bytes)
-    return WorkerServer(handler, host, port, secret=read_secret(secret_file), tls=worker_tls(tls_cert, tls_key))
+    return WorkerServer(handler, host, port, secret=secret, tls=worker_tls(tls_cert, tls_key))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from hetero_jax.errors import WorkerError
 from hetero_jax.scheduler import Scheduler
 from hetero_jax.scheduler_types import PoolEvent, PoolJoined, PoolLost
 from hetero_jax.worker_link import WorkerLink
 from hetero_jax.worker_session import WorkerSession
+from hetero_jax.workers_file import WorkersFile
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.05
@@ -21,18 +23,34 @@ class WorkerFleet:
     """Keeps connections to workers and tells a scheduler which pools there are. For one thread.
 
     Args:
-      connects: what begins a session, by the worker's name; all are connected to at once.
+      addresses: HOST:PORT of workers that must be there now.
+      connect: begins a session with an address.
+      local: begins one with each worker of this machine, by its name; these must be there too.
+      file: further addresses; those that cannot be reached yet are tried again while the job runs.
       wait_s: how long a job waits where no worker can go on with it.
     Raises:
       WorkerError: a worker is not there, or refuses.
     """
 
-    def __init__(self, connects: Mapping[str, Callable[[], WorkerSession]], *, wait_s: float) -> None:
-        self.num_lost = 0  # sessions that ended with sequences in them
-        self._wait_s = wait_s
-        numbers = itertools.count()
-        self._links = [WorkerLink(name, connect, numbers.__next__) for name, connect in connects.items()]
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        connect: Callable[[str], WorkerSession],
+        local: Mapping[str, Callable[[], WorkerSession]],
+        file: WorkersFile | None,
+        wait_s: float,
+    ) -> None:
+        self.num_lost = 0
+        self._connect, self._file, self._wait_s = connect, file, wait_s
+        self._numbers = itertools.count()
+        connects = {address: partial(connect, address) for address in addresses} | dict(local)
+        self._links = [self._link(name, each) for name, each in connects.items()]
         self._joined: list[PoolJoined] = [link.join() for link in self._links]  # not told yet
+        self._fixed = frozenset(connects)
+        if file is not None:
+            self._follow_file(file)
+            self._joined += [event for link in self._links if (event := link.try_join()) is not None]
 
     @property
     def sessions(self) -> dict[int, WorkerSession]:
@@ -66,6 +84,20 @@ class WorkerFleet:
             time.sleep(_POLL_S)
 
     def _changes(self) -> Iterator[PoolEvent]:
+        if self._file is not None and self._file.changed():
+            self._follow_file(self._file)
         for link in self._links:
             while (event := link.poll()) is not None:
                 yield event
+        self._links = [link for link in self._links if not link.gone]
+
+    def _follow_file(self, file: WorkersFile) -> None:
+        known = {link.name for link in self._links}
+        for address in file.addresses:
+            if address not in known:
+                self._links.append(self._link(address, partial(self._connect, address)))
+        for link in self._links:
+            link.wanted = link.name in self._fixed or link.name in file.addresses
+
+    def _link(self, name: str, connect: Callable[[], WorkerSession]) -> WorkerLink:
+        return WorkerLink(name, connect, self._numbers.__next__)

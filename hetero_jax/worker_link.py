@@ -44,6 +44,10 @@ class WorkerLink:
         """Connect now. Raises what `connect` raises."""
         return self._begin(self._connect())
 
+    def try_join(self) -> PoolJoined | None:
+        """Connect now where it is not connected; None where that fails, to be tried again."""
+        return None if self.session is not None else self._try(self._connect)
+
     def poll(self) -> PoolEvent | None:
         """What has happened since; at most one event a call, to be asked for until there is none."""
         if self.session is None:
@@ -81,16 +85,20 @@ class WorkerLink:
         if not self._attempt.done():
             return None
         attempt, self._attempt = self._attempt, None
+        joined = self._try(attempt.result)
+        if joined is not None:
+            _logger.warning("worker %s has joined with %d pages", self.name, joined.num_pages)
+        return joined
+
+    def _try(self, connect: Callable[[], WorkerSession]) -> PoolJoined | None:
         try:
-            joined = self._begin(attempt.result())
+            return self._begin(connect())
         except (HeteroJaxError, OSError) as error:
             self._retry_at_s = time.monotonic() + _RETRY_S
             if not self._complained:
                 _logger.warning("no connection to worker %s yet: %s", self.name, error)
             self._complained = True
             return None
-        _logger.warning("worker %s has joined with %d pages", self.name, joined.num_pages)
-        return joined
 
 
 def _in_a_thread(call: Callable[[], WorkerSession]) -> Future[WorkerSession]:

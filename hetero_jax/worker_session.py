@@ -66,7 +66,7 @@ class WorkerSession:
         self._client: WorkerClient = self._guard(lambda: connect(host, port, hello, secret=secret, tls=tls))
         weakref.finalize(self, self._client.close)  # its threads would keep it for ever
         self._step_timeout_s = step_timeout_s
-        self._failure: TransportError | None = None
+        self._failure: str | None = None
         self._free_slots = list(range(MAX_LAYOUTS))
         self.times = CallTimes()
         self.num_pages = self._client.welcome.page_budget
@@ -74,7 +74,7 @@ class WorkerSession:
         self.pool_bytes = cast("int", stats.values["pool_bytes"])
 
     @property
-    def failure(self) -> TransportError | None:
+    def failure(self) -> str | None:
         """Why it is lost; None while it is not."""
         return self._failure or self._client.failure
 
@@ -121,19 +121,19 @@ class WorkerSession:
                 return answer.result(left_s)
             except TimeoutError:
                 left_s = max(started_s, self._client.answered_s) + self._step_timeout_s - time.monotonic()
-        error = ConnectionLostError(f"it is connected, but answered nothing for {self._step_timeout_s:g} s")
-        self._failure = error
+        self._failure = f"it is connected, but answered nothing for {self._step_timeout_s:g} s"
         self._client.close()
-        raise error
+        raise ConnectionLostError(self._failure)
 
     def _unless_lost(self, call: Callable[[], T]) -> T | None:
         try:
-            return self._guard(call)
-        except WorkerError as error:
-            if not isinstance(error.__cause__, ConnectionLostError):
-                raise
-            self._failure = self.failure or error.__cause__
+            return call()
+        except ConnectionLostError as error:
+            self._failure = self.failure or str(error)
+            error.__traceback__ = None  # whoever holds the error would hold these frames, and the engine with them
             return None
+        except TransportError as error:
+            raise WorkerError(f"worker {self.address}: {error}") from error
 
     def _guard(self, call: Callable[[], T]) -> T:
         try:

@@ -62,7 +62,7 @@ class WorkerClient:
         self._peer = peer
         self._ids = itertools.count(1)
         self._pending: dict[int, Answer[Any]] = {}
-        self.failure: TransportError | None = None
+        self.failure: str | None = None
         self.answered_s = time.monotonic()
         peer.start(lambda: Ping(token=time.monotonic_ns()))
         self._reader = Reader(peer.receive, peer.has_data, self._take, self._end)
@@ -120,7 +120,7 @@ class WorkerClient:
             raise ConnectionLostError(f"the worker is lost: {self.failure}")
 
     def _end(self, error: TransportError) -> None:
-        self.failure = error
+        self.failure = str(error)  # the error itself would keep the frames of whoever was reading
         self._peer.close()
         while self._pending:
             _, answer = self._pending.popitem()
