@@ -21,17 +21,21 @@ WAIT_S = 60  # for what must happen; nothing here is timed
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 
 
-def _children(pid: int) -> list[int]:
-    """Processes that this one started and that still run."""
-    found = []
+def _parents() -> dict[int, int]:
+    """The parent of each process that runs."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
         except OSError:  # it has ended meanwhile
             continue
-        if int(parent) == pid and state != "Z":
-            found.append(int(path.parent.name))
+        if state != "Z":
+            found[int(path.parent.name)] = int(parent)
     return found
+
+
+def _children(pid: int) -> list[int]:
+    return [child for child, parent in _parents().items() if parent == pid]
 
 
 def _until(condition) -> None:
@@ -68,7 +72,7 @@ def test_local_workers_end_with_a_killed_engine(tmp_path):
     _until(lambda: workers.extend(_children(engine.pid)) or workers)
     engine.kill()
     engine.wait()
-    _until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    _until(lambda: not _parents().keys() & set(workers))
 
 
 def test_cores_are_shared_out_evenly(monkeypatch):
