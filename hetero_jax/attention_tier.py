@@ -15,6 +15,7 @@ from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.described_site import DescribedSite
 from hetero_jax.devices import are_ready, land, start_copy
 from hetero_jax.errors import ConfigError
+from hetero_jax.tracing import TIER2, Trace
 from partition import PlannedSite, Value
 
 
@@ -126,6 +127,10 @@ class AttentionTier:
     def is_ready(self, pending: tuple[jax.Array, ...]) -> bool:
         """Whether what `attend` began is done."""
         return are_ready(pending)
+
+    def record(self, trace: Trace, name: str, inputs: Sequence[jax.Array], pending: tuple[jax.Array, ...]) -> None:
+        """Trace what `attend` began."""
+        trace.computed(TIER2, name, inputs, pending)
 
     def fetch(self, pending: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """What `attend` began, as arrays on this tier's device; JAX waits for them where they are used."""

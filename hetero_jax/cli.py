@@ -21,6 +21,7 @@ from hetero_jax.errors import ConfigError, HeteroJaxError
 from hetero_jax.job import EXIT_CLEAN, EXIT_FAILED, JobConfig, run_job
 from hetero_jax.local_worker import follow_supervisor
 from hetero_jax.sampling_params import SamplingParams
+from hetero_jax.tracing import Trace
 from hetero_jax.wire import WIRE_DTYPES
 from hetero_jax.worker import make_server
 from partition import PartitionError, Plan, partition
@@ -162,6 +163,7 @@ def _generate_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("input", None, "JSON lines of prompts.", flag_values=values)
     flags.DEFINE_string("output", None, "JSON lines of completions; gone on with if it exists.", flag_values=values)
     flags.DEFINE_enum("on_error", "record", ["fail", "record"], "What a bad row does.", flag_values=values)
+    flags.DEFINE_string("trace", None, "Record what runs when into this file, for Perfetto.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Start the output anew.", flag_values=values)
     flags.mark_flags_as_required(["input", "output"], flag_values=values)
     default = SamplingParams()
@@ -210,7 +212,14 @@ def _generate(values: dict[str, Any]) -> int:
         on_error=values["on_error"],
         overwrite=values["overwrite"],
     )
-    return run_job(job, lambda: _engine(values))
+    if values["trace"] is None:
+        return run_job(job, lambda: _engine(values))
+    trace = Trace()
+    try:
+        return run_job(job, lambda: _engine(values, trace))
+    finally:
+        trace.write(values["trace"])
+        print(trace.summary(), file=sys.stderr)
 
 
 def _rounding_on_the_wire(config: dict[str, Any], dtype: str) -> dict[str, str]:
@@ -281,8 +290,10 @@ def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _engine(values: dict[str, Any]) -> Engine:
-    return Engine(_load(values), EngineConfig(**_engine_config(values)))
+def _engine(values: dict[str, Any], trace: Trace | None = None) -> Engine:
+    engine = Engine(_load(values), EngineConfig(**_engine_config(values)))
+    engine.trace = trace
+    return engine
 
 
 def _load(values: dict[str, Any]) -> models.LoadedModel:

@@ -28,6 +28,7 @@ from hetero_jax.scheduler_types import Batch, SchedulerConfig
 from hetero_jax.sequence import RequestGroup, SequenceState, failed
 from hetero_jax.text import TextStream
 from hetero_jax.tier2 import make_tier2
+from hetero_jax.tracing import Trace
 from hetero_jax.walk import Tiers, Timings, Walk, choose
 from partition import Plan, partition
 
@@ -104,6 +105,15 @@ class Engine:
             f"{len(self.plan.sites)} attention sites on {self._attention.place}, "
             f"{pages} ({self._attention.pool_bytes / 2**20:.0f} MiB))"
         )
+
+    @property
+    def trace(self) -> Trace | None:
+        """Set to record what runs when."""
+        return self._tiers.trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self._tiers.trace = trace
 
     @property
     def profile(self) -> bool:
@@ -282,6 +292,9 @@ class Engine:
             rows_computed=walk.rows.num_rows,
             steps=1,
         )
+        if (trace := self._tiers.trace) is not None:
+            trace.count("tokens", self._stats.tokens_generated)
+            trace.count("pages", self._scheduler.pages_used)
         return completions
 
     def _deepen(self, walk: Walk) -> None:

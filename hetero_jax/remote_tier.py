@@ -13,6 +13,7 @@ import numpy as np
 from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.devices import start_copy
 from hetero_jax.rows import select
+from hetero_jax.tracing import Trace
 from hetero_jax.wire import from_wire, to_wire, wired_shape
 from hetero_jax.worker_fleet import WorkerFleet
 from hetero_jax.worker_session import Call, Share, WorkerSession
@@ -38,6 +39,11 @@ class PendingRows:
     def is_ready(self) -> bool:
         """Whether all is there."""
         return all(call.is_ready() for _, call in self._parts)
+
+    def record(self, trace: Trace, name: str) -> None:
+        """Trace the calls."""
+        for _, call in self._parts:
+            call.traced_by(trace, name)
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
@@ -124,6 +130,10 @@ class RemoteTier:
     def is_ready(self, pending: PendingRows) -> bool:
         """Whether the answers are there."""
         return pending.is_ready()
+
+    def record(self, trace: Trace, name: str, inputs: Sequence[Leaving], pending: PendingRows) -> None:
+        """Trace what `attend` began, once it is back."""
+        pending.record(trace, name)
 
     def away_s(self) -> float:
         """As Tier2: of the slowest worker."""

@@ -16,6 +16,7 @@ from hetero_jax.dense_tier import DenseTier
 from hetero_jax.devices import are_ready, land
 from hetero_jax.rows import PackedRows
 from hetero_jax.sampler import RowSampling, SamplerOutputs, build_inputs, sample
+from hetero_jax.tracing import TIER1, Trace
 from partition import Plan, Stage, Value
 
 
@@ -38,6 +39,8 @@ class Tier2(Protocol):
     def attend(self, site: int, layouts: Any, inputs: Sequence[Any]) -> Any: ...
 
     def is_ready(self, pending: Any) -> bool: ...
+
+    def record(self, trace: Trace, name: str, inputs: Sequence[Any], pending: Any) -> None: ...
 
     def fetch(self, pending: Any) -> tuple[jax.Array, ...]: ...
 
@@ -91,10 +94,11 @@ class Timings:
 
 
 class Tiers:
-    """What a walk passes through."""
+    """What a walk passes through. trace: of what runs; None: nothing is recorded."""
 
     def __init__(self, plan: Plan, dense: DenseTier, attention: Tier2, timings: Timings) -> None:
         self.plan, self.dense, self.attention, self.timings = plan, dense, attention, timings
+        self.trace: Trace | None = None
 
     def release(self, values: dict[Value, jax.Array], stage: Stage) -> None:
         """Drop what is not carried behind `stage`: the carry is the only state that tier 1 keeps per row."""
@@ -150,6 +154,8 @@ class Walk:
         with timings.measure("sample") as wait:
             sampled = sample(logits, dense.place(inputs), variant)
             wait(sampled)
+        if self._tiers.trace is not None:
+            self._tiers.trace.computed(TIER1, "last stage and sampler", reads, sampled)
         yield Wait(len(self._tiers.plan.sites), True, lambda: are_ready(jax.tree.leaves(sampled)))
         self.sampled = jax.tree.map(np.asarray, sampled)
 
@@ -165,6 +171,9 @@ def run_stages(
         with timings.measure("dense") as wait:
             writes, sent = dense.run(stage.index, tokens, positions, [values[value] for value in stage.reads])
             wait(writes, sent)
+        if tiers.trace is not None:
+            reads = [values[value] for value in stage.reads]
+            tiers.trace.computed(TIER1, f"stage {stage.index}", reads, (writes, sent))
         values.update(zip(stage.writes, writes, strict=True))
         tiers.release(values, stage)
         leaving = attention.begin(sent)
@@ -174,6 +183,8 @@ def run_stages(
         with timings.measure("attention") as wait:
             outputs = attention.attend(stage.index, layouts, inputs)
             wait(outputs)
+        if tiers.trace is not None:
+            attention.record(tiers.trace, f"site {stage.index}", inputs, outputs)
         yield Wait(stage.index, False, functools.partial(attention.is_ready, outputs))
         found = (land(array, dense.device) for array in attention.fetch(outputs))
         values.update(zip(site.site.outputs, found, strict=True))

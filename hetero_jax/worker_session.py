@@ -7,7 +7,7 @@ import ssl
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.depth import CallTimes
 from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
+from hetero_jax.tracing import Trace, WorkerCall
 from transport import MAX_LAYOUTS, Answer, Hello, Result, TransportError, WorkerClient, connect
 from transport.errors import ConnectionLostError
 
@@ -99,7 +100,8 @@ class WorkerSession:
         q, k, v = inputs
         began_s = time.monotonic()
         answer = self._unless_lost(lambda: self._client.attend(site=site, layout=share.slot, q=q, k=k, v=v))
-        return Call(self, answer, began_s, (len(q), *row_shape), q.dtype)
+        sent = Sent(began_s, time.monotonic(), sum(array.nbytes for array in inputs))
+        return Call(self, answer, sent, (len(q), *row_shape), q.dtype)
 
     def read_ready(self) -> None:
         """Take the answers that have come."""
@@ -142,18 +144,31 @@ class WorkerSession:
             raise WorkerError(f"worker {self.address}: {error}") from error
 
 
+class Sent(NamedTuple):
+    """When a request was sent, by the monotonic clock, and its bytes."""
+
+    begin_s: float
+    end_s: float
+    num_bytes: int
+
+
 class Call:
-    """A worker's part of a call, under way. began_s: of its sending; answer: None where the worker is lost."""
+    """A worker's part of a call, under way. answer: None where the worker is lost."""
 
     def __init__(
         self,
         session: WorkerSession,
         answer: Answer[Result] | None,
-        began_s: float,
+        sent: Sent,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
     ) -> None:
-        self._session, self._answer, self._began_s, self._shape, self._dtype = session, answer, began_s, shape, dtype
+        self._session, self._answer, self._sent, self._shape, self._dtype = session, answer, sent, shape, dtype
+        self._trace: tuple[Trace, str] | None = None
+
+    def traced_by(self, trace: Trace, name: str) -> None:
+        """Tell the trace of it once it is back."""
+        self._trace = trace, name
 
     def is_ready(self) -> bool:
         """Whether `rows` need not wait; looks for what has come."""
@@ -172,8 +187,13 @@ class Call:
         if out.shape != self._shape or out.dtype != self._dtype:
             seen, allowed = f"{out.dtype}{out.shape}", f"{self._dtype}{self._shape}"
             raise WorkerError(f"worker {self._session.address} answered {seen}; allowed: {allowed}")
-        trip_s = answer.done_at_s - self._began_s
-        self._session.times.observe(trip_s=trip_s, began_ns=result.began_ns, ended_ns=result.ended_ns)
+        worked = {"began_ns": result.began_ns, "ended_ns": result.ended_ns}
+        self._session.times.observe(trip_s=answer.done_at_s - self._sent.begin_s, **worked)
+        if self._trace is not None:
+            trace, name = self._trace
+            ours = {"begin_s": self._sent.begin_s, "sent_s": self._sent.end_s, "done_s": answer.done_at_s}
+            moved = {"bytes_up": self._sent.num_bytes, "bytes_down": out.nbytes}
+            trace.called(self._session.address, WorkerCall(name=name, **ours, **worked, **moved))
         return out
 
 

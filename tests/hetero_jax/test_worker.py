@@ -149,7 +149,10 @@ def test_jobs_run_over_tls_with_certificates_that_the_engine_trusts(tmp_path, ca
         for flags in ([], [f"--tls_ca={stranger}"]):
             assert main([*generate, f"--workers={address}", *flags]) == 1
             assert f"worker {address}: " in capsys.readouterr().err
-        assert main([*generate, f"--workers={address}", f"--tls_ca={certificate}"]) == 0
+        trace = tmp_path / "run.json"
+        assert main([*generate, f"--workers={address}", f"--tls_ca={certificate}", f"--trace={trace}"]) == 0
+    assert "tier 1 busy" in capsys.readouterr().err
+    assert any(event["name"] == "stage 0" for event in json.loads(trace.read_text())["traceEvents"])
     assert len(json.loads((tmp_path / "out.jsonl").read_text())["token_ids"]) == 3
 
 

@@ -1,0 +1,173 @@
+"""What ran when: slices of time in lanes, one for each tier and link, as a file that Chrome and Perfetto read.
+
+JAX computes behind the caller's back, so a thread per lane waits for what was dispatched there, in order. Workers say
+by their own clocks when they began and ended; how far these are from ours follows from every call: it cannot begin
+before it is sent, nor come back before it has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from hetero_jax.devices import are_ready
+
+TIER1, TIER2 = "tier 1", "tier 2"  # the latter in this process
+
+
+class Slice(NamedTuple):
+    """Work in a lane, in seconds of the monotonic clock. num_bytes: that were moved."""
+
+    lane: str
+    name: str
+    begin_s: float
+    end_s: float
+    num_bytes: int = 0
+
+
+class WorkerCall(NamedTuple):
+    """A call as both sides saw it: ours in seconds, the worker's in nanoseconds of another clock."""
+
+    name: str
+    begin_s: float
+    sent_s: float
+    done_s: float
+    began_ns: int
+    ended_ns: int
+    bytes_up: int
+    bytes_down: int
+
+
+class Trace:
+    """Collects; `slices`, `write` and `summary` wait for what is still running."""
+
+    def __init__(self) -> None:
+        self._slices: list[Slice] = []
+        self._calls: defaultdict[str, list[WorkerCall]] = defaultdict(list)
+        self._counts: list[tuple[str, float, int]] = []
+        self._lanes: dict[str, _Lane] = {}
+
+    def computed(self, lane: str, name: str, inputs: Any, outputs: Any) -> None:
+        """JAX computes these arrays of those, in this lane, from now or from when the inputs are there."""
+        if lane not in self._lanes:
+            self._lanes[lane] = _Lane(lane, self._slices)
+        self._lanes[lane].put(name, inputs, outputs)
+
+    def called(self, address: str, call: WorkerCall) -> None:
+        """A worker has answered."""
+        self._calls[address].append(call)
+
+    def count(self, name: str, value: int) -> None:
+        """A number that is so from now on."""
+        self._counts.append((name, time.monotonic(), value))
+
+    def slices(self) -> list[Slice]:
+        """All so far, by lane and time; those of one lane do not overlap."""
+        for lane in self._lanes.values():
+            lane.join()
+        remote = [each for address, calls in self._calls.items() for each in _slices_of(address, calls)]
+        return sorted([*self._slices, *remote], key=lambda each: (each.lane, each.begin_s, each.end_s))
+
+    def write(self, path: str | Path) -> None:
+        """In the Trace Event Format, in microseconds."""
+        slices = self.slices()
+        lanes = {lane: number for number, lane in enumerate(dict.fromkeys(each.lane for each in slices), 1)}
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": lane}}
+            for lane, number in lanes.items()
+        ]
+        for each in slices:
+            begin_us, end_us = round(each.begin_s * 1e6, 3), round(each.end_s * 1e6, 3)
+            times = {"ts": begin_us, "dur": round(end_us - begin_us, 3)}
+            bytes_ = {"args": {"bytes": each.num_bytes}} if each.num_bytes else {}
+            events.append({"ph": "X", "name": each.name, "pid": 1, "tid": lanes[each.lane], **times, **bytes_})
+        for name, at_s, value in self._counts:
+            events.append({"ph": "C", "name": name, "pid": 1, "ts": round(at_s * 1e6, 3), "args": {name: value}})
+        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+    def summary(self) -> str:
+        """Busy fractions of the lanes, how much of it at once, bytes per token, pages."""
+        slices = self.slices()
+        if not slices:
+            return "trace: nothing ran"
+        spans: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+        for each in slices:
+            spans[each.lane].append((each.begin_s, each.end_s))
+        total_s = max(each.end_s for each in slices) - min(each.begin_s for each in slices)
+        busy = [f"{lane} busy {_covered_s(spans[lane]) / total_s:.0%}" for lane in spans]
+        tier2 = [span for lane in spans if lane == TIER2 or lane.startswith("worker ") for span in spans[lane]]
+        both_s = _covered_s(spans[TIER1]) + _covered_s(tier2) - _covered_s([*spans[TIER1], *tier2])
+        most = {name: max(value for each, _, value in self._counts if each == name) for name, *_ in self._counts}
+        tokens = most.get("tokens", 0)
+        moved = sum(each.num_bytes for each in slices)
+        return (
+            f"trace: {total_s:.2f} s, {', '.join(busy)}; both tiers at once {both_s / total_s:.0%}; "
+            f"{moved / max(tokens, 1):.0f} bytes moved per token of {tokens}; KV pages: at most {most.get('pages', 0)}"
+        )
+
+
+class _Lane:
+    """Waits for the arrays of one lane, in a thread of its own."""
+
+    def __init__(self, name: str, slices: list[Slice]) -> None:
+        self._name, self._slices = name, slices
+        self._dispatched: queue.Queue[tuple[str, Any, Any, float]] = queue.Queue()
+        threading.Thread(target=self._watch, name=f"trace of {name}", daemon=True).start()
+
+    def put(self, name: str, inputs: Any, outputs: Any) -> None:
+        self._dispatched.put((name, inputs, outputs, time.monotonic()))
+
+    def join(self) -> None:
+        self._dispatched.join()
+
+    def _watch(self) -> None:
+        last_s = 0.0
+        while True:
+            name, inputs, outputs, dispatched_s = self._dispatched.get()
+            begin_s = max(dispatched_s, last_s)
+            if not are_ready(jax.tree.leaves(inputs)):
+                jax.block_until_ready(inputs)
+                begin_s = time.monotonic()
+            jax.block_until_ready(outputs)
+            last_s = time.monotonic()
+            self._slices.append(Slice(self._name, name, begin_s, last_s))
+            del inputs, outputs
+            self._dispatched.task_done()
+
+
+def _slices_of(address: str, calls: Sequence[WorkerCall]) -> Iterable[Slice]:
+    """Of the worker and of the links to it and from it. While it is busy, nobody knows when a call arrived."""
+    ordered = sorted(calls, key=lambda call: call.began_ns)
+    earliest_s = max(call.begin_s - call.began_ns / 1e9 for call in ordered)
+    latest_s = min(call.done_s - call.ended_ns / 1e9 for call in ordered)
+    ahead_s = (earliest_s + latest_s) / 2  # of our clock before the worker's
+    up_s = down_s = ended_s = 0.0
+    for call in ordered:
+        began_s = max(call.began_ns / 1e9 + ahead_s, ended_s)
+        was_idle = began_s > max(ended_s, call.sent_s)
+        arrived_s = began_s if was_idle else call.sent_s
+        ended_s = max(call.ended_ns / 1e9 + ahead_s, began_s)
+        for lane, begin_s, end_s, num_bytes in (
+            (f"to {address}", max(call.begin_s, up_s), arrived_s, call.bytes_up),
+            (f"worker {address}", began_s, ended_s, 0),
+            (f"from {address}", max(ended_s, down_s), call.done_s, call.bytes_down),
+        ):
+            yield Slice(lane, call.name, begin_s, max(begin_s, end_s), num_bytes)
+        up_s, down_s = max(up_s, call.begin_s, arrived_s), max(down_s, ended_s, call.done_s)
+
+
+def _covered_s(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds in at least one of them."""
+    covered_s, until_s = 0.0, float("-inf")
+    for begin_s, end_s in sorted(spans):
+        covered_s += max(end_s - max(begin_s, until_s), 0.0)
+        until_s = max(until_s, end_s)
+    return covered_s
