@@ -86,7 +86,7 @@ def _taken_sizes(eqn: Equation) -> Sequence[int]:
 def _gather_starts(eqn: Equation, indices: Sequence[Any]) -> np.ndarray | None:
     """Where the one window of a gather begins; None if there are several."""
     numbers, (index,) = eqn.params["dimension_numbers"], indices
-    if index.size != index.shape[-1] or numbers.operand_batching_dims:
+    if index.size != index.shape[-1]:
         return None
     starts = np.zeros(len(eqn.inputs[0].shape), int)
     starts[list(numbers.start_index_map)] = index.reshape(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,8 +88,9 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
     """
     leaves = jax.tree_util.tree_leaves_with_path(forward.params)
     sizes = _unlike_dimensions(forward.params, max_rows)
-    learned = _learn(forward, sizes, max_rows)
-    program, other_program = (trace_at(forward, each, learned) for each in sizes)
+    written = functools.cache(functools.partial(_as_written, forward))
+    learned = _learn(forward, written, sizes, max_rows)
+    program, other_program = (_made_plain(written(each), each, learned) for each in sizes)
     rows, other_rows = sizes
     _check_output(program, rows)
     count = len(leaves)
@@ -114,17 +115,20 @@ def trace_at(forward: Forward, rows: int, learned: Learned) -> Program:
 
     Its inputs are the leaves of the parameters, tokens and positions.
     """
-    program = learned.skews.resolved(_as_written(forward, rows), rows)
-    program = count_by_attention(learned.captured.resolved(program, rows), rows)
-    return split_extras(every_row(program, rows), rows)
+    return _made_plain(_as_written(forward, rows), rows, learned)
 
 
-def _learn(forward: Forward, sizes: Sequence[int], max_rows: int) -> Learned:
-    written = functools.cache(functools.partial(_as_written, forward))
+def _learn(forward: Forward, written: Callable[[int], Program], sizes: Sequence[int], max_rows: int) -> Learned:
     shorter = next(rows_unlike_dimensions(forward.params, range(sizes[0] // 2, 6, -1)), sizes[1])
     skews = learn_skews(written, (*sizes, shorter), max_rows)
     captured = learn_captured(lambda rows: skews.resolved(written(rows), rows), sizes, max_rows)
     return Learned(captured=captured, skews=skews)
+
+
+def _made_plain(program: Program, rows: int, learned: Learned) -> Program:
+    """The model's own program with other operations in place of those that hide what they do to tokens."""
+    program = learned.captured.resolved(learned.skews.resolved(program, rows), rows)
+    return split_extras(every_row(count_by_attention(program, rows), rows), rows)
 
 
 def _as_written(forward: Forward, rows: int) -> Program:

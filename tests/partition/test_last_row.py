@@ -35,6 +35,11 @@ def _of_length(x, positions, params):
     return x[jnp.arange(1), length - 1] @ params["embed"].T
 
 
+def _of_each_length(x, positions, params):
+    lengths = jnp.ones_like(positions).sum(axis=-1)
+    return jax.vmap(lambda row, length: row[length - 1])(x, lengths) @ params["embed"].T
+
+
 def _normalised(x, positions, params):
     return jax.nn.log_softmax(rms_norm(x[:, -1:], params["layers"][0]["norm"]) @ params["embed"].T)
 
@@ -50,6 +55,7 @@ LAST = {
         None,
     ),
     "at a length": (_of_length, None),
+    "at a length of each sequence": (_of_each_length, None),
     "normalised before and behind": (
         _normalised,
         lambda x, positions, params: jax.nn.log_softmax(

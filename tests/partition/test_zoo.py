@@ -40,6 +40,7 @@ ACCEPTED = {
     "relative values": (_model(attention.relative_values, extra={"table": (12, 4)}), 2, False),
     "sink logits": (_model(attention.sink_logits, extra={"sinks": (6,)}), 2, True),
     "sink logits, concatenated": (_model(attention.sink_logits_concatenated, extra={"sinks": (6,)}), 2, True),
+    "sink logits, split off": (_model(attention.sink_logits_split_off, extra={"sinks": (6,)}), 2, True),
     "sink keys": (_model(attention.sink_keys, extra={"sink_k": (3, 6, 4), "sink_v": (3, 6, 4)}), 2, False),
     "sink keys, counted": (
         _model(attention.sink_keys_counted, extra={"sink_k": (5, 2, 4), "sink_v": (5, 2, 4)}),

@@ -110,6 +110,14 @@ def sink_logits_concatenated(q, k, v, positions, *, sinks):
     return _weigh(jax.nn.softmax(jnp.concatenate([scores, column], -1))[..., :-1], v)
 
 
+def sink_logits_split_off(q, k, v, positions, *, sinks):
+    """The same, the weights of tokens and sink parted by a split."""
+    scores = jnp.where(_causal(q.shape[1]), _scores(q, k), -jnp.inf)
+    column = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+    weights, _ = jnp.split(jax.nn.softmax(jnp.concatenate([scores, column], -1)), [q.shape[1]], axis=-1)
+    return _weigh(weights, v)
+
+
 def sink_keys(q, k, v, positions, *, sink_k, sink_v):
     """Learned keys and values in front of those of the tokens."""
     k, v = _repeated(q, k, v)
