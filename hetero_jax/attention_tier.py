@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,14 @@ from hetero_jax.errors import ConfigError
 from hetero_jax.tracing import TIER2, Trace
 from partition import PlannedSite, Value
 
+_NOWHERE = jnp.iinfo(jnp.int32).max  # a slot past any pool
+
 
 class SiteKernel(Protocol):
     """How tier 2 serves one kind of site.
 
-    attend: (pool, inputs [R, ...] each, layout, weights) -> (pool, outputs [R, ...] each), to be jitted.
+    attend: (pool, inputs [R, ...] each, layout, weights) -> (pool, outputs [R, ...] each), to be jitted. Without the
+      inputs that are cached, the pool has their rows already.
     """
 
     def page_bytes(self, *, page_size: int) -> int: ...
@@ -64,9 +68,10 @@ class AttentionTier:
         choose = _KernelChoice(dtype=dtype, device=device)
         made = {key: choose(site) for key, site in {site.key: site for site in reversed(sites)}.items()}
         self._kernels = [made[site.key] for site in sites]
-        # Sites that keep the same values share a pool: what the later ones append is there already.
+        # Sites that keep the same values share a pool, to which the first appends.
         pools = dict(zip((site.cache_key for site in sites), self._kernels, strict=True))
         self._pool_of = [list(pools).index(site.cache_key) for site in sites]
+        self.shares_pool = [number in self._pool_of[:site] for site, number in enumerate(self._pool_of)]
         page_bytes = sum(kernel.page_bytes(page_size=page_size) for kernel in pools.values())
         if kv_cache_bytes < page_bytes:
             raise ConfigError(
@@ -114,7 +119,11 @@ class AttentionTier:
     def attend(
         self, site: int, layouts: Sequence[AttentionLayout], inputs: Sequence[jax.Array]
     ) -> tuple[jax.Array, ...]:
-        """Append what is cached to the site's pool and attend: [R, *inner] of each output on this tier's device."""
+        """Append what is cached to the site's pool and attend: [R, *inner] of each output on this tier's device.
+
+        Args:
+          inputs: of the site; where it `shares_pool`, those that are not cached alone.
+        """
         here = tuple(land(array, self.device) for array in inputs)
         pool = self._pool_of[site]
         self._pools[pool], out = self._calls[site](self._pools[pool], here, layouts[site], self._weights[site])
@@ -190,8 +199,19 @@ class _SpecKernel:
 
     def attend(self, pool: Any, inputs: Any, layout: AttentionLayout, weights: Any) -> tuple[Any, Any]:
         sinks = weights[0] if self._spec.has_sinks else None
-        pool, out = self._module.paged_attention(pool, *inputs, layout, self._spec, sinks=sinks)
+        q, *kv = inputs
+        if not kv:
+            kv, layout = (
+                self._nothing(q),
+                dataclasses.replace(layout, row_slot=jnp.full_like(layout.row_slot, _NOWHERE)),
+            )
+        pool, out = self._module.paged_attention(pool, q, *kv, layout, self._spec, sinks=sinks)
         return pool, (out,)
+
+    def _nothing(self, q: jax.Array) -> list[jax.Array]:
+        """Rows of keys and values that are written nowhere."""
+        dims = (self._spec.head_dim, self._spec.v_head_dim)
+        return [jnp.zeros((q.shape[0], self._spec.num_kv_heads, dim), q.dtype) for dim in dims]
 
 
 class _TracedKernel:

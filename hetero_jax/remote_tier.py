@@ -118,7 +118,7 @@ class RemoteTier:
         return [Leaving(wired=array, dtype=row.dtype) for array, row in zip(wired, arrays, strict=True)]
 
     def attend(self, site: int, layouts: Sequence[Share], inputs: Sequence[Leaving]) -> PendingRows:
-        """Send q, k and v of the rows on their way; `fetch` waits for the answers."""
+        """Send the rows of q, k and v, or of q alone where the site shares a pool; `fetch` waits for the answers."""
         arrays = [np.asarray(each.wired) for each in inputs]
         shape = wired_shape((len(arrays[0]), *self._out_shapes[site]), self._wire_dtype)
         calls = [

@@ -50,28 +50,31 @@ def paged_attention(
 
     Args:
       pool: the site's pool; donate it, so that it is updated in place.
-      inputs: [R, *inner] of each of the site's inputs.
+      inputs: [R, *inner] of each of the site's inputs, or of those alone that are not cached: the pool has the others.
       layout: the same R rows.
       weights: of `site.weights`.
       site: what to compute. dtype: as in `make_pool`.
     Returns:
       the pool, and [R, *inner] of each of the site's outputs; rows of no sequence are 0.
     """
-    cached = [array for port, array in zip(site.inputs, inputs, strict=True) if port.is_cached]
     dtypes = [_cached_dtype(port, dtype) for port in site.cached]
-    pool = tuple(
-        paged_rows.append(pages, rows, layout.row_slot, each)
-        for pages, rows, each in zip(pool, cached, dtypes, strict=True)
-    )
+    queries = list(inputs)
+    if len(inputs) == len(site.inputs):
+        cached = [array for port, array in zip(site.inputs, inputs, strict=True) if port.is_cached]
+        queries = [array for port, array in zip(site.inputs, inputs, strict=True) if not port.is_cached]
+        pool = tuple(
+            paged_rows.append(pages, rows, layout.row_slot, each)
+            for pages, rows, each in zip(pool, cached, dtypes, strict=True)
+        )
 
     def attend(source: jax.Array, page_table: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
         keys = jnp.arange(page_table.shape[0] * pool[0].shape[1])
         found = (paged_rows.gather(pages, page_table, each) for pages, each in zip(pool, dtypes, strict=True))
         # What other sequences left in the pages has no weight, but 0 times an infinity is none.
         known = iter([jnp.where(_along(keys <= positions.max(), rows), rows, 0) for rows in found])
+        asked = iter(queries)
         operands = [
-            next(known).astype(port.value.dtype) if port.is_cached else array[source]
-            for port, array in zip(site.inputs, inputs, strict=True)
+            next(known).astype(port.value.dtype) if port.is_cached else next(asked)[source] for port in site.inputs
         ]
         return site.attend(operands, positions, keys, weights)
 

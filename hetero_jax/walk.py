@@ -179,7 +179,7 @@ def run_stages(
         leaving = attention.begin(sent)
         sends.update({(send.site, send.index): array for send, array in zip(stage.sends, leaving, strict=True)})
         yield Wait(stage.index, True, functools.partial(are_ready, sent))
-        inputs = [sends.pop((stage.index, index)) for index in range(len(site.inputs))]
+        inputs = [sends.pop((stage.index, index)) for index in site.sent]
         with timings.measure("attention") as wait:
             outputs = attention.attend(stage.index, layouts, inputs)
             wait(outputs)

@@ -53,12 +53,15 @@ class TierHandler(Handler):
         assert self._tier is not None, "attends follow a hello"
         if not 0 <= attend.site < self._tier.num_sites:
             raise ConfigError(f"site {attend.site}; allowed: below {self._tier.num_sites}")
-        if attend.k is None or attend.v is None:
-            raise ConfigError("an attend without k and v; allowed: with them")
+        rows_sent = [array for array in (attend.q, attend.k, attend.v) if array is not None]
+        allowed = 1 if self._tier.shares_pool[attend.site] else 3
+        if len(rows_sent) != allowed:
+            what = "q alone, as an earlier site keeps k and v" if allowed == 1 else "q, k and v"
+            raise ConfigError(f"{len(rows_sent)} arrays of rows for site {attend.site}; allowed: {what}")
         if attend.layout not in self._layouts:
             raise ConfigError(f"an attend with layout {attend.layout}; allowed: one that was sent before")
         began_ns = time.monotonic_ns()
-        wired = [jax.device_put(array, self._tier.device) for array in (attend.q, attend.k, attend.v)]
+        wired = [jax.device_put(array, self._tier.device) for array in rows_sent]
         dtype = wired[0].dtype.name
         if dtype not in WIRE_DTYPES:
             raise ConfigError(f"rows of {dtype}; allowed: {', '.join(WIRE_DTYPES)}")

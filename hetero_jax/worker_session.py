@@ -96,8 +96,9 @@ class WorkerSession:
         return share
 
     def attend(self, site: int, share: Share, inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]) -> Call:
-        """Send q, k and v of the rows on their way; the answer is [R, *row_shape]."""
-        q, k, v = inputs
+        """Send the rows of q, k and v, or of q alone where the site shares a pool; the answer is [R, *row_shape]."""
+        q, *kept = inputs
+        k, v = kept or (None, None)
         began_s = time.monotonic()
         answer = self._unless_lost(lambda: self._client.attend(site=site, layout=share.slot, q=q, k=k, v=v))
         sent = Sent(began_s, time.monotonic(), sum(array.nbytes for array in inputs))

@@ -96,7 +96,8 @@ class _Cutter:
     def _sends(self) -> list[Send]:
         found = []
         for item in self.sites:
-            for index, port in enumerate(item.inputs):
+            for index in item.sent:
+                port = item.inputs[index]
                 if self.stage_of[port.value] > item.site.index:
                     raise UnsupportedSiteError(
                         f"the attention opened at {item.site.opening.where} takes {port.value.shape}, which needs its "

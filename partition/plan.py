@@ -99,7 +99,7 @@ class Plan:
     @property
     def num_attention_executables(self) -> int:
         """Attention executables per shape of call."""
-        return len({site.key for site in self.sites})
+        return len({(site.key, site.shares_cache) for site in self.sites})
 
     @property
     def window(self) -> int | None:
@@ -155,7 +155,11 @@ class Plan:
 
     def _look(self, stage: Stage) -> Any:
         """What is equal for stages that are described as one."""
-        return stage.key, self._describe(stage), self.sites[stage.index].key if stage.index < len(self.sites) else None
+        return stage.key, self._describe(stage), self._site_look(stage)
+
+    def _site_look(self, stage: Stage) -> Any:
+        site = self.sites[stage.index] if stage.index < len(self.sites) else None
+        return None if site is None else (site.key, site.shares_cache)
 
     def _describe(self, stage: Stage) -> str:
         sent = {send.port.name: self.row_bytes(send.value) for send in stage.sends}
@@ -187,10 +191,12 @@ def _file_and_line(where: str) -> str:
 
 
 def _describe_site(site: PlannedSite) -> str:
+    kept = "; keys and values are those of an earlier site" if site.shares_cache else ""
     if site.spec is not None:
-        return _describe_spec(site.spec)
+        return _describe_spec(site.spec) + kept
     cached = ", ".join(f"{port.name} {list(port.layout.inner)}" for port in site.cached)
-    return f"causal attention by its own {len(site.site.equations)} equations ({site.unrecognised}); caches {cached}"
+    equations = f"its own {len(site.site.equations)} equations ({site.unrecognised})"
+    return f"causal attention by {equations}; caches {cached}{kept}"
 
 
 def _describe_spec(spec: AttentionSpec) -> str:
@@ -228,7 +234,19 @@ def partition(model: Any, params: Any = None, *, max_rows: int = 4096) -> Plan:
     check_any_rows(traced)
     known: dict[str, PlannedSite] = {}
     sites = tuple(_plan_once(analysis, site, known, max_rows) for site in find_sites(analysis))
+    sites = _sharing_caches(sites)
     return Plan(forward=forward, analysis=analysis, stages=cut(analysis, sites), sites=sites, max_rows=max_rows)
+
+
+def _sharing_caches(sites: Sequence[PlannedSite]) -> tuple[PlannedSite, ...]:
+    """Sites with a mark where an earlier one keeps the same values; a site without a query needs rows of its own."""
+    kept: set[Any] = set()
+    found = []
+    for site in sites:
+        is_shared = site.cache_key in kept and len(site.cached) < len(site.inputs)
+        found.append(replace(site, shares_cache=is_shared))
+        kept.add(site.cache_key)
+    return tuple(found)
 
 
 def _plan_once(analysis: Analysis, site: Site, known: dict[str, PlannedSite], max_rows: int) -> PlannedSite:

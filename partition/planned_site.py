@@ -25,6 +25,7 @@ class PlannedSite:
     outputs: in the order of `site.outputs`; that of a recognised site as [rows, heads, v_head_dim].
     spec: what a kernel needs to know; None where only the site's own subgraph says what it computes.
     unrecognised: why there is no spec.
+    shares_cache: an earlier site of the plan sends and keeps the same values (cross-layer shared KV).
     """
 
     site: Site
@@ -33,6 +34,7 @@ class PlannedSite:
     outputs: tuple[Port, ...]
     spec: AttentionSpec | None
     unrecognised: str = ""
+    shares_cache: bool = False
 
     @property
     def weights(self) -> tuple[Value, ...]:
@@ -65,6 +67,11 @@ class PlannedSite:
     def cached(self) -> tuple[Port, ...]:
         """What tier 2 keeps for the site."""
         return tuple(port for port in self.inputs if port.is_cached)
+
+    @property
+    def sent(self) -> tuple[int, ...]:
+        """Which of the inputs stages send it: not those that are cached already."""
+        return tuple(n for n, port in enumerate(self.inputs) if not (port.is_cached and self.shares_cache))
 
     @property
     def cache_key(self) -> Any:

@@ -126,7 +126,7 @@ class _Decoder:
         self.stages = stage_functions(plan, jax.jit)
         self.attend = {site.key: _attention(site) for site in plan.sites}
         self.count = count
-        self.caches: dict[tuple[int, int], np.ndarray] = {}
+        self.caches: dict[tuple[Any, Value], np.ndarray] = {}
 
     def run(self, ids: np.ndarray, rows: np.ndarray) -> Iterator[tuple[str, Value, np.ndarray]]:
         """One call: (stage or site, value, its rows in the model's layout) of everything on the way."""
@@ -150,12 +150,12 @@ class _Decoder:
         site = self.plan.sites[index]
         operands = []
         for number, port in enumerate(site.inputs):
-            array = sent.pop((index, number))
-            if port.is_cached:
+            kept = (site.cache_key, port.value)
+            if port.is_cached and number in site.sent:
+                array = sent.pop((index, number))
                 empty = np.zeros((self.count, *array.shape[1:]), array.dtype)
-                self.caches.setdefault((index, number), empty)[rows] = array
-                array = self.caches[(index, number)]
-            operands.append(array)
+                self.caches.setdefault(kept, empty)[rows] = array
+            operands.append(self.caches[kept] if port.is_cached else sent.pop((index, number)))
         weights = site.kernel_weights([self.prepared[value] for value in site.weights])
         return self.attend[site.key](operands, rows, np.arange(self.count), weights)
 

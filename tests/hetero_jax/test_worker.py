@@ -17,6 +17,7 @@ from hetero_jax.cli import main
 from hetero_jax.errors import ConfigError
 from small_model import SmallModel
 from worker_process import worker_process
+from zoo_attention import SharedKeysModel
 
 SECRET = "a secret of this job"
 
@@ -95,7 +96,8 @@ def test_biases_windows_caps_and_sinks_travel_and_a_worker_serves_one_engine_aft
     prompts = [[n + 1, 2, 3, 5, 8, 13, 21] for n in range(3)]
     with worker_process("--kv_cache_bytes=1M") as (address, _):
         config = hj.EngineConfig(workers=(address,), wire_dtype="float32", num_microbatches=0)
-        for small in (SmallModel(), SmallModel(attention=_alibi_with_sinks, extra={"sinks": (6,)})):
+        sinks = SmallModel(attention=_alibi_with_sinks, extra={"sinks": (6,)})
+        for small in (SmallModel(), sinks, SharedKeysModel(layers=3)):
             params = small.params()
             plan = hj.partition(small, params, max_rows=64)
             assert plan.sites[0].spec is not None, plan.sites[0].unrecognised

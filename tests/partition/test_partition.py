@@ -141,10 +141,14 @@ def test_keys_repeated_or_widened_before_attention_are_cached_few_and_narrow():
     assert plan.sites[0].spec.num_kv_heads == 2
 
 
-def test_layers_that_share_keys_and_values_keep_them_once():
+def test_layers_that_share_keys_and_values_send_and_keep_them_once():
     shared, own = zoo_attention.SharedKeysModel(layers=3), SmallModel(layers=3)
-    kept = [partition(model, model.params(), max_rows=64).kv_bytes_per_token(4) for model in (shared, own)]
-    assert kept == [2 * 8 * 4, 3 * 2 * 8 * 4]
+    plans = [partition(model, model.params(), max_rows=64) for model in (shared, own)]
+    assert [plan.kv_bytes_per_token(4) for plan in plans] == [2 * 8 * 4, 3 * 2 * 8 * 4]
+    sent = [[(send.site, send.port.name) for stage in plan.stages for send in stage.sends] for plan in plans]
+    assert sent[0] == [(0, "q"), (0, "k"), (0, "v"), (1, "q"), (2, "q")]
+    assert len(sent[1]) == 9
+    assert "keys and values are those of an earlier site" in repr(plans[0])
 
 
 def test_plan_prints_stages_sites_and_bytes():

@@ -33,6 +33,7 @@ ACCEPTED = {
     "multiplicative mask": (_model(attention.multiplicative_mask), 2, True),
     "two attentions": (_model(attention.two_attentions), 4, True),
     "one token's keys for all layers": (attention.SharedKeysModel(), 2, True),
+    "one token's keys for all layers, sigmoid": (attention.SharedSigmoidModel(), 2, False),
     "alibi": (_model(attention.alibi), 2, True),
     "sigmoid": (_model(attention.sigmoid), 2, False),
     "T5 bias": (_model(attention.relative_bias, extra={"table": (12, 6)}), 2, False),

@@ -310,14 +310,22 @@ class SegmentedModel(SmallModel):
 class SharedKeysModel(SmallModel):
     """Every layer attends to the keys and values of the first."""
 
+    operator = staticmethod(softmax_attention)
+
     def __call__(self, params, tokens, positions):
         first = []
 
         def shared(q, k, v, positions):
             first.append((k, v))
-            return softmax_attention(q, *first[0], positions)
+            return self.operator(q, *first[0], positions)
 
         return SmallModel.__call__(dataclasses.replace(self, attention=shared), params, tokens, positions)
+
+
+class SharedSigmoidModel(SharedKeysModel):
+    """The same by an operator that no kernel knows."""
+
+    operator = staticmethod(sigmoid)
 
 
 def two_attentions(q, k, v, positions):
