@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+import time
 
 import pytest
 
+import hetero_jax as hj
 from fault_job import engine_of, run, undisturbed
+from golden import first_difference, golden_rows
 from hetero_jax.errors import WorkerError
 from worker_process import worker_process
 from worker_thread import ThreadWorker
@@ -62,6 +66,34 @@ def test_workers_in_processes_are_killed_and_stopped():
         faults = {2: first.kill, 4: lambda: second.send_signal(signal.SIGSTOP)}
         assert run(engine, lambda count: faults.get(count, int)()) == undisturbed()
     assert engine.stats.workers_lost == 2
+
+
+def test_golden_tokens_while_workers_join_drain_and_die(smollm2_gguf, tmp_path):
+    short = [row for row in golden_rows() if len(row["prompt_ids"]) < 60][:10]
+    rows = {row["id"]: {**row, "greedy_ids": row["greedy_ids"][: 3 + 2 * n]} for n, row in enumerate(short)}
+    greedy = [hj.SamplingParams(max_tokens=3 + 2 * n, temperature=0, ignore_eos=True) for n in range(10)]
+    requests = [
+        hj.Request(id=row["id"], prompt_token_ids=tuple(row["prompt_ids"]), sampling_params=sampling)
+        for row, sampling in zip(short, greedy, strict=True)
+    ]
+    with contextlib.ExitStack() as stack:
+        first, second, third = (stack.enter_context(ThreadWorker(kv_cache_bytes=24 << 20)) for _ in range(3))
+        file = tmp_path / "workers"
+        file.write_text(first.address)
+        model = hj.load(str(smollm2_gguf))
+        sizes = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 4, "max_model_len": 128}
+        engine = hj.Engine(model, hj.EngineConfig(workers_file=str(file), wire_dtype="float32", **sizes))
+        join = lambda: file.write_text(f"{first.address}\n{second.address}\n{third.address}\n")  # noqa: E731
+        faults = {1: join, 4: lambda: first.server.drain("a test"), 7: second.die}
+        tokens = {}
+        for completion in engine.generate(requests):
+            tokens[completion.id] = completion.token_ids
+            faults.get(len(tokens), int)()
+            time.sleep(0.6)  # the file is looked at now and then
+    assert tokens.keys() == rows.keys()
+    assert all(first_difference(rows[row_id], found) is None for row_id, found in tokens.items())
+    assert engine.stats.workers_lost == 1
+    assert min(worker.handler.served for worker in (first, second, third)) > 0
 
 
 def test_a_worker_that_drains_is_left_and_exits():
