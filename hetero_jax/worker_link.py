@@ -52,6 +52,7 @@ class WorkerLink:
         """What has happened since; at most one event a call, to be asked for until there is none."""
         if self.session is None:
             return self._poll_attempt()
+        self.session.look()
         if (failure := self.session.failure) is not None:
             _logger.warning("worker %s is lost, its sequences are computed again: %s", self.name, failure)
             return self._lose()

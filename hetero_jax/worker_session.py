@@ -108,6 +108,14 @@ class WorkerSession:
         """Take the answers that have come."""
         self._client.read_ready()
 
+    def look(self) -> None:
+        """Count the worker as lost where it has calls and answers none; requests are answered in order."""
+        if self._left_s() <= 0:
+            self._client.read_ready()
+        if self._left_s() <= 0:
+            self._failure = f"it is connected, but answered nothing for {self._step_timeout_s:g} s"
+            self._client.close()
+
     def close(self) -> None:
         """End the connection."""
         self._client.close()
@@ -117,16 +125,16 @@ class WorkerSession:
         return self._unless_lost(lambda: self._wait(answer))
 
     def _wait(self, answer: Answer[Result]) -> Result:
-        """Requests are answered in order, so that any answer is progress."""
-        started_s, left_s = time.monotonic(), self._step_timeout_s
-        while left_s > 0:
+        while True:
             try:
-                return answer.result(left_s)
+                return answer.result(max(self._left_s(), 0.0))
             except TimeoutError:
-                left_s = max(started_s, self._client.answered_s) + self._step_timeout_s - time.monotonic()
-        self._failure = f"it is connected, but answered nothing for {self._step_timeout_s:g} s"
-        self._client.close()
-        raise ConnectionLostError(self._failure)
+                self.look()
+
+    def _left_s(self) -> float:
+        """How long it may still answer nothing."""
+        since_s = self._client.waiting_since_s
+        return self._step_timeout_s + (0.0 if since_s is None else since_s - time.monotonic())
 
     def _unless_lost(self, call: Callable[[], T]) -> T | None:
         try:

@@ -49,7 +49,6 @@ class WorkerClient:
     welcome: the worker's Hello, with what it grants.
     draining: set once the worker is about to leave.
     failure: why the worker is lost; None while it is there.
-    answered_s: when the last answer came, on the monotonic clock.
 
     A lost worker fails all answers, and every later call, with ConnectionLostError.
     """
@@ -63,9 +62,14 @@ class WorkerClient:
         self._ids = itertools.count(1)
         self._pending: dict[int, Answer[Any]] = {}
         self.failure: str | None = None
-        self.answered_s = time.monotonic()
+        self._progress_s = 0.0  # of the last answer, or of the first request after it
         peer.start(lambda: Ping(token=time.monotonic_ns()))
         self._reader = Reader(peer.receive, peer.has_data, self._take, self._end)
+
+    @property
+    def waiting_since_s(self) -> float | None:
+        """When it last answered, or was asked first since then, by the monotonic clock; None where all is answered."""
+        return self._progress_s if self._pending else None
 
     def layout(self, *, slot: int, arrays: Mapping[str, Tensor]) -> None:
         """Send a Layout for the Attends to come."""
@@ -103,6 +107,8 @@ class WorkerClient:
 
     def _ask(self, request_id: int, request: Message) -> Answer[Any]:
         answer: Answer[Any] = Answer(self._reader)
+        if not self._pending:
+            self._progress_s = time.monotonic()
         self._pending[request_id] = answer
         try:
             self._check()  # after the line above: the end of the connection fails what it finds there
@@ -146,7 +152,7 @@ class WorkerClient:
         answer = self._pending.pop(request_id, None)
         if answer is None:
             raise FrameError(f"an answer to request {request_id}, which is not pending")
-        self.answered_s = time.monotonic()
+        self._progress_s = time.monotonic()
         return answer
 
 

@@ -212,6 +212,22 @@ def test_what_a_release_raises_ends_the_session_and_is_told():
         connect(*server.address, Hello(fingerprint="", generation=2, page_budget=1)).close()
 
 
+def test_who_is_asked_and_does_not_answer_can_be_told_from_who_is_idle(worker):
+    client = worker.connect()
+    assert client.waiting_since_s is None
+    answers = [client.attend(site=0, layout=0, q=np.ones(1, np.int8)) for _ in range(2)]
+    asked_s = client.waiting_since_s
+    for answer in answers:
+        answer.result(WAIT_S)
+    assert asked_s is not None and client.waiting_since_s is None
+    client.attend(site=2, layout=0, q=np.ones(1, np.int8))  # which it never answers
+    stuck_s = client.waiting_since_s
+    assert stuck_s is not None and stuck_s > asked_s
+    client.attend(site=0, layout=0, q=np.ones(1, np.int8))
+    assert client.waiting_since_s == stuck_s
+    client.close()
+
+
 def test_sigterm_tells_the_engine_to_drain(worker):
     client = worker.connect()
     assert not client.draining.is_set()
