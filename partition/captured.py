@@ -1,9 +1,10 @@
-"""Arrays that a model captures while it is traced (a NumPy mask, say), as functions of position.
+"""Arrays of constants with the number of tokens in their shape, as functions of position.
 
-Such an array has the number of tokens in its shape and nothing says how it was made. It is captured at two numbers of
-tokens and at the largest; where the smaller ones are the first entries of the largest, its entries are looked up by
-position. One with two token axes becomes equations: of a table by distance, if its entries depend on that alone, or a
-corner of the largest array.
+A model captures them while it is traced (a NumPy mask, say), or makes them of constants by operations that mix
+positions (a scatter at `tril_indices`), which are run. Either way the array is had at two numbers of tokens and at the
+largest; where the smaller ones are the first entries of the largest, its entries are looked up by position. One with
+two token axes becomes equations: of a table by distance, if its entries depend on that alone, or a corner of the
+largest.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partition.errors import TraceError
-from partition.jaxpr import Equation, Program, Value, trace_onto
+from partition.errors import PartitionError, TraceError
+from partition.evaluate import constant_value
+from partition.jaxpr import Equation, Program, Value, live, trace_onto
+from partition.rules import RUNNING, axis_map
 
 # 2 GiB of float32; NumPy makes masks of ones of 8 bytes each.
 _LARGEST_ENTRIES = 1 << 29
@@ -55,11 +58,37 @@ class Captured:
         return dataclasses.replace(program, equations=(*made, *program.equations), constants=constants)
 
 
+def fold(program: Program, rows: int) -> Program:
+    """The program with arrays in place of what mixes positions and is made of constants alone."""
+    independent, constants = set(program.constants), dict(program.constants)
+    for eqn in program.equations:
+        if not independent.issuperset(eqn.inputs):
+            continue
+        independent.update(eqn.outputs)
+        if _mixes(eqn, rows):
+            for value in (each for each in eqn.outputs if rows in each.shape):
+                array = constant_value(value, program)
+                assert array is not None
+                constants[value] = array
+    equations = [eqn for eqn in program.equations if constants.keys().isdisjoint(eqn.outputs)]
+    return dataclasses.replace(program, equations=tuple(live(equations, program.outputs)), constants=constants)
+
+
+def _mixes(eqn: Equation, rows: int) -> bool:
+    if eqn.primitive in RUNNING:  # these are looked up by position anyway
+        return False
+    try:
+        axes = axis_map(eqn)
+    except PartitionError:
+        return True
+    return any(value.shape[axis] % rows == 0 for n, value in enumerate(eqn.inputs) for axis in axes.mixed_axes(n))
+
+
 def learn_captured(program_at: Callable[[int], Program], sizes: Sequence[int], max_rows: int) -> Captured:
     """What the arrays are that the model captures.
 
     Args:
-      program_at: the model's own program at a number of tokens.
+      program_at: the folded program at a number of tokens.
       sizes: numbers of tokens to compare with the largest.
 
     Raises:
@@ -78,8 +107,8 @@ def learn_captured(program_at: Callable[[int], Program], sizes: Sequence[int], m
         array = _longest({size: each[number : number + 1] for size, each in captured.items()}, axes)
         if array is None or len(axes) > 2:
             raise TraceError(
-                f"the model captures an array {value.shape} while it is traced, used at {_where(program, value)}, "
-                f"whose entries are no function of one or two positions (at {', '.join(map(str, captured))} tokens); "
+                f"the array {value.shape} of constants that is used at {_where(program, value)} "
+                f"is no function of one or two positions (at {', '.join(map(str, captured))} tokens); "
                 "allowed: such a function, or what is made with jax.numpy inside the call"
             )
         if len(axes) == 1:
@@ -107,7 +136,7 @@ def _check_size(program: Program, values: Iterable[Value], rows: int, max_rows: 
     if sum(needed.values()) > _LARGEST_ENTRIES:
         largest = max(needed, key=lambda value: needed[value])
         raise TraceError(
-            f"the model captures arrays while it is traced, like {largest.shape} used at {_where(program, largest)}, "
+            f"the model has arrays of constants, like {largest.shape} used at {_where(program, largest)}, "
             f"with {sum(needed.values())} entries for {max_rows} tokens; allowed: {_LARGEST_ENTRIES} entries, or masks "
             "made with jax.numpy inside the call"
         )

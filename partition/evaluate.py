@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from partition.jaxpr import Equation, Program, Value
 from partition.rules import resized_params
@@ -71,3 +72,15 @@ def evaluate_tables(
             args = [env[value] for value in eqn.inputs]
             env.update(zip(eqn.outputs, evaluate_rows(eqn, args, positions, traced_rows=traced_rows), strict=True))
     return env
+
+
+def constant_value(value: Value, program: Program) -> np.ndarray | None:
+    """What a value of a program is that is made of constants alone, say the sum of a mask of ones; None for others."""
+    env = dict(program.constants)
+    needed = closure([value], producers(program.equations), lambda each: each not in env)
+    equations = [eqn for eqn in program.equations if eqn in needed]
+    if not {value, *(each for eqn in equations for each in eqn.inputs)}.isdisjoint(program.inputs):
+        return None
+    for eqn in equations:
+        env.update(zip(eqn.outputs, eqn.evaluate([env[each] for each in eqn.inputs]), strict=True))
+    return np.asarray(env[value])

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partition.evaluate import constant_value
 from partition.jaxpr import Equation, Program, Value, live, trace_onto
 from partition.structure import producers
 
@@ -69,7 +70,7 @@ def _last_row_of(eqn: Equation, program: Program, rows: int) -> tuple[Value, int
     cut = [axis for axis, size in enumerate(shape) if size != sizes[axis]]
     if len(cut) != 1 or shape[cut[0]] != rows or sizes[cut[0]] != 1:
         return None
-    constants = [_constant(value, program) for value in indices]
+    constants = [constant_value(value, program) for value in indices]
     if any(each is None for each in constants):
         return None
     starts = _STARTS[eqn.primitive](eqn, constants)
@@ -99,24 +100,6 @@ _STARTS: dict[str, Callable[[Equation, Sequence[Any]], Any]] = {
     "dynamic_slice": lambda _, indices: indices,
     "gather": _gather_starts,
 }
-
-
-def _constant(value: Value, program: Program) -> np.ndarray | None:
-    """What a value is that is made of constants alone, such as the sum of a mask of ones; None for all others."""
-    made_by = producers(program.equations)
-    env: dict[Value, Any] = dict(program.constants)
-    needed, stack = set(), [value]
-    while stack:
-        each = stack.pop()
-        if each in program.inputs:
-            return None
-        if each not in env and made_by[each] not in needed:
-            needed.add(made_by[each])
-            stack.extend(made_by[each].inputs)
-    for eqn in program.equations:
-        if eqn in needed:
-            env.update(zip(eqn.outputs, eqn.evaluate([env[operand] for operand in eqn.inputs]), strict=True))
-    return np.asarray(env[value])
 
 
 class _Mapper:

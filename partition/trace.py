@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partition.captured import Captured, learn_captured
+from partition.captured import Captured, fold, learn_captured
 from partition.errors import TraceError
 from partition.evaluate import evaluate_tables, row_shape
 from partition.extras import split_extras
@@ -121,13 +121,14 @@ def trace_at(forward: Forward, rows: int, learned: Learned) -> Program:
 def _learn(forward: Forward, written: Callable[[int], Program], sizes: Sequence[int], max_rows: int) -> Learned:
     shorter = next(rows_unlike_dimensions(forward.params, range(sizes[0] // 2, 6, -1)), sizes[1])
     skews = learn_skews(written, (*sizes, shorter), max_rows)
-    captured = learn_captured(lambda rows: skews.resolved(written(rows), rows), sizes, max_rows)
+    asked = {rows: skews.resolved(written(rows), rows) for rows in sizes}
+    captured = learn_captured(lambda rows: fold(asked.get(rows) or written(rows), rows), sizes, max_rows)
     return Learned(captured=captured, skews=skews)
 
 
 def _made_plain(program: Program, rows: int, learned: Learned) -> Program:
     """The model's own program with other operations in place of those that hide what they do to tokens."""
-    program = learned.captured.resolved(learned.skews.resolved(program, rows), rows)
+    program = learned.captured.resolved(fold(learned.skews.resolved(program, rows), rows), rows)
     return split_extras(every_row(count_by_attention(program, rows), rows), rows)
 
 

@@ -41,6 +41,12 @@ def _encoded(make):
     return SmallModel(encode=lambda x, _: x * make(x.shape[1])[:, None, None])
 
 
+def _scattered(rows):
+    """Made in the call, by operations that mix positions."""
+    mask = jnp.zeros((rows, rows), bool).at[np.tril_indices(rows)].set(True)
+    return jnp.concatenate([jnp.zeros((rows, 0), bool), mask[:, ::-1][:, ::-1]], axis=1)
+
+
 def _constant_under_jit(rows):
     with jax.ensure_compile_time_eval():
         return jnp.tril(jnp.ones((rows, rows), bool))
@@ -52,6 +58,7 @@ _TABLE = np.random.default_rng(0).normal(size=70).astype(np.float32)
 ACCEPTED = {
     "mask": (_masked(_causal), "full causal"),
     "made by jax, but not in the call": (_masked(_constant_under_jit), "full causal"),
+    "scattered": (_masked(_scattered), "full causal"),
     "additive": (_masked(lambda rows: np.triu(np.full((rows, rows), -1e9, np.float32), 1)), "full causal"),
     "window": (_masked(lambda rows: _causal(rows) & (_distance(rows) < 7)), "sliding window 7"),
     "alibi": (_masked(lambda rows: _biased(-np.exp2(-np.arange(1.0, 7))[:, None, None] * _distance(rows))), "ALiBi"),
@@ -94,8 +101,9 @@ def _of_length(rows):
 REFUSED = {
     "random": (
         _masked(lambda rows: _biased(np.random.default_rng(0).normal(size=(rows, rows)))),
-        r"captures an array \(61, 61\).*test_captured.py:\d+.*no function of .*at 61, 59, 64 tokens",
+        r"the array \(61, 61\) of constants.*test_captured.py:\d+.*no function of .*at 61, 59, 64 tokens",
     ),
+    "turned around": (_encoded(lambda rows: jnp.arange(1.0, rows + 1)[::-1]), "no function of one or two positions"),
     "by the length": (_masked(_of_length), "no function of one or two positions"),
     "another mask for short prompts": (
         _masked(lambda rows: _causal(rows) & ((_distance(rows) < 5) | (rows < 64))),
@@ -107,7 +115,7 @@ REFUSED = {
     ),
     "three token axes": (
         SmallModel(mix=lambda x: x + jnp.asarray(np.ones((x.shape[1],) * 3)).sum((1, 2))[:, None]),
-        r"captures an array \(61, 61, 61\)",
+        r"the array \(61, 61, 61\) of constants",
     ),
     "numbers of tokens in a table": (
         _encoded(lambda rows: np.arange(1, rows + 1) / np.float32(rows)),
