@@ -5,9 +5,9 @@ run of memory, read from its beginning to its end, and so are neighbouring pages
 of 16 tokens, first all of its keys, then all of its values; a block is made of words of up to 4 bytes: 1 element of
 float32 or float16, 2 of bfloat16, 4 of int8.
 
+    scales: [2, blocks * 16] float32, of an int8 pool alone: of the keys and of the values, one per token and head
     keys:   [blocks, head_dim / word, 16, word]     a word: one token, `word` dimensions
     values: [blocks, 16 / word, v_head_dim, word]   a word: one dimension, `word` tokens
-    scales: [2, blocks * 16] float32, of an int8 pool alone: of the keys and of the values, one per token and head
 
 So a vector register of keys holds the same dimensions of 16 tokens and a score needs no sum across lanes; one of
 values holds the same tokens in 16 dimensions; words are what dot-product instructions take, and the others split by

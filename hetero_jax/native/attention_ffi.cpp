@@ -249,9 +249,9 @@ std::string describe(const Buffers& b, int64_t page_size, Call* c) {
   c->dim_pad = round_up(c->dim, per_word), c->v_pad = round_up(c->v_dim, kBlock);
   c->num_pages = pool[0], c->page_size = page_size, c->page_blocks = (page_size + kBlock - 1) / kBlock;
   c->k_block_bytes = c->dim_pad * kBlock * size, c->v_block_bytes = c->v_pad * kBlock * size;
-  c->v_offset = c->page_blocks * c->k_block_bytes, c->scale_offset = c->v_offset + c->page_blocks * c->v_block_bytes;
-  const int64_t scale_bytes = c->kv == KvType::kI8 ? 2 * c->page_blocks * kBlock * sizeof(float) : 0;
-  c->head_bytes = c->scale_offset + scale_bytes, c->page_bytes = c->kv_heads * c->head_bytes;
+  c->k_offset = c->kv == KvType::kI8 ? 2 * c->page_blocks * kBlock * sizeof(float) : 0;
+  c->v_offset = c->k_offset + c->page_blocks * c->k_block_bytes;
+  c->head_bytes = c->v_offset + c->page_blocks * c->v_block_bytes, c->page_bytes = c->kv_heads * c->head_bytes;
   if (!is(b.kv, {c->num_pages, c->kv_heads, c->head_bytes / size}))
     return "the pool " + shape_of(b.kv) + " does not fit k " + shape_of(b.k) + ", v " + shape_of(b.v) +
            " and page_size " + std::to_string(page_size);

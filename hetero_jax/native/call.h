@@ -45,10 +45,10 @@ struct Call {
   int64_t rows, heads, kv_heads, group;
   int64_t dim, dim_pad, v_dim, v_pad;  // padded as the pool is
   int64_t num_pages, page_size, page_blocks;
-  // A page is its heads, one after the other; a head is its blocks of keys, those of values, and for int8 the scales of
-  // its keys and then those of its values.
+  // A page is its heads, one after the other; a head is, for int8, the scales of its keys and those of its values, and
+  // then its blocks of keys and those of values.
   char* pool;
-  int64_t page_bytes, head_bytes, v_offset, scale_offset, k_block_bytes, v_block_bytes;
+  int64_t page_bytes, head_bytes, k_offset, v_offset, k_block_bytes, v_block_bytes;
   const void *q, *k, *v;
   const int32_t* row_slot;
   float scale, softcap;  // softcap 0: none

@@ -190,7 +190,7 @@ struct Size {
 #if defined(__AVX512F__)
 constexpr int kMaxVectors = 6;
 constexpr int columns_of(int vectors) { return vectors <= 3 ? 8 : 4; }
-constexpr int key_blocks_of(int vectors) { return vectors == 1 ? 4 : 2; }
+constexpr int key_blocks_of(int) { return 2; }
 #elif defined(__ARM_NEON)
 constexpr int kMaxVectors = 3;
 constexpr int columns_of(int vectors) { return vectors == 1 ? 8 : 4; }
@@ -231,8 +231,8 @@ class Ahead {
   }
 
  private:
-  const char* begin_[4 * kTileBlocks];
-  const char* end_[4 * kTileBlocks];
+  const char* begin_[8 * kTileBlocks];
+  const char* end_[8 * kTileBlocks];
   int count_ = 0, run_ = 0;
   const char* at_ = nullptr;
 };
@@ -467,12 +467,13 @@ HJ_INLINE float fix_weights(const vf* weights, int registers, float largest, int
 // Scores over `blocks` blocks become weights; keeps sum and unit of vector m.
 template <class T>
 HJ_INLINE void weights_of(const Call& c, const float* const* v_scale, int blocks, const float* scores, float top,
-                          typename T::Query* weights, TileSums* sums, int m) {
+                          typename T::Query* weights, TileSums* sums, int m, Ahead* ahead) {
   const bool scaled = c.kv == KvType::kI8;
   vf p[kTileBlocks * kBlockVectors];
   vf sum = {}, scaled_sum = {}, largest = {};
 #pragma GCC unroll 16
   for (int i = 0; i < blocks * kBlockVectors; ++i) {
+    ahead->fetch(1);  // the memory would stand idle meanwhile
     p[i] = exp_nonpositive(load<vf>(scores + i * kWidth) - top);
     sum = sum + p[i];
     if (scaled) {
@@ -495,17 +496,17 @@ HJ_INLINE void weights_of(const Call& c, const float* const* v_scale, int blocks
 // Scores of vector m of a pass over blocks [begin, end) become weights.
 template <class T>
 static void softmax_row(const Call& c, const Tile& tile, const HeadTile& in, int begin, int end, const Vector& vector,
-                        float* scores, typename T::Query* weights, TileSums* sums, int m) {
+                        float* scores, typename T::Query* weights, TileSums* sums, int m, Ahead* ahead) {
   const bool sees_all = tile.whole && begin == 0 && end == kTileBlocks &&
                         tile.start[kTileBlocks - 1] + kBlock - 1 <= vector.position &&
                         !(c.window && tile.start[0] < vector.position - c.window + 1);
   if (sees_all && c.softcap == 0 && !c.slopes) {
     sums->top[m] = reduce_max(scale_scores(c, in, vector, scores));
-    return weights_of<T>(c, in.v_scale, kTileBlocks, scores, sums->top[m], weights, sums, m);
+    return weights_of<T>(c, in.v_scale, kTileBlocks, scores, sums->top[m], weights, sums, m, ahead);
   }
   sums->top[m] = reduce_max(finish_scores(c, tile, in, begin, end, vector, scores));
   weights_of<T>(c, in.v_scale + begin, end - begin, scores + begin * kBlock, sums->top[m],
-                weights + begin * kBlock * T::kPerQuery / T::kPerWord, sums, m);
+                weights + begin * kBlock * T::kPerQuery / T::kPerWord, sums, m, ahead);
 }
 
 static float exp_scalar(float x) { return exp_nonpositive(splat(x))[0]; }
@@ -595,14 +596,19 @@ static void find_tile(const Call& c, const Item& item, int index, int64_t last_p
 static void find_head(const Call& c, const Tile& tile, int head, HeadTile* in) {
   for (int b = 0; b < tile.count; ++b) {
     const char* at = tile.at[b] + head * c.head_bytes;
-    in->keys[b] = at + tile.within[b] * c.k_block_bytes;
+    in->keys[b] = at + c.k_offset + tile.within[b] * c.k_block_bytes;
     in->values[b] = at + c.v_offset + tile.within[b] * c.v_block_bytes;
-    in->k_scale[b] = (const float*)(at + c.scale_offset) + tile.within[b] * kBlock;
+    in->k_scale[b] = (const float*)at + tile.within[b] * kBlock;
     in->v_scale[b] = in->k_scale[b] + c.page_blocks * kBlock;
   }
 }
 
-static void list(const Call& c, const Tile& tile, const HeadTile& in, Ahead* ahead) {
+static void list(const Call& c, const Tile& tile, const HeadTile& in, int head, Ahead* ahead) {
+  if (c.page_blocks == kTileBlocks) return ahead->add(tile.at[0] + head * c.head_bytes, c.head_bytes);  // the usual case
+  if (c.kv == KvType::kI8) {
+    for (int b = 0; b < tile.count; ++b) ahead->add((const char*)in.k_scale[b], kBlock * sizeof(float));
+    for (int b = 0; b < tile.count; ++b) ahead->add((const char*)in.v_scale[b], kBlock * sizeof(float));
+  }
   for (int b = 0; b < tile.count; ++b) ahead->add(in.keys[b], c.k_block_bytes);
   for (int b = 0; b < tile.count; ++b) ahead->add(in.values[b], c.v_block_bytes);
 }
@@ -722,13 +728,13 @@ class ItemRun {
       if (t + 1 < item.tile_end) find_tile(c, item, t + 1, last_position, &next);
       for (int head = item.head_begin; head < item.head_end; ++head, now = 1 - now) {
         ahead.begin();
-        list(c, tile, heads[now], &ahead);
+        list(c, tile, heads[now], head, &ahead);
         if (head + 1 < item.head_end) {
           find_head(c, tile, head + 1, &heads[1 - now]);
-          list(c, tile, heads[1 - now], &ahead);
+          list(c, tile, heads[1 - now], head + 1, &ahead);
         } else if (t + 1 < item.tile_end) {
           find_head(c, next, item.head_begin, &heads[1 - now]);
-          list(c, next, heads[1 - now], &ahead);
+          list(c, next, heads[1 - now], item.head_begin, &ahead);
         }
         ahead.go_to(kAheadBytes);
         clean_last_block<T>(c, item, tile, &heads[now], copy);
@@ -788,7 +794,8 @@ class ItemRun {
     constexpr int kWeights = kTile * T::kPerQuery / T::kPerWord;  // of one vector
     TileSums sums;
     for (int m = 0; m < count; ++m)
-      softmax_row<T>(c, tile, in, begin, end, state.vector[m0 + m], scores + m * kTile, weights + m * kWeights, &sums, m);
+      softmax_row<T>(c, tile, in, begin, end, state.vector[m0 + m], scores + m * kTile, weights + m * kWeights, &sums, m,
+                     &ahead);
     for_parts(count, [&](auto size, int m) {
       constexpr int MR = decltype(size)::value;
       values_of<T, MR, columns_of(MR) / T::kAccRegisters>(c, in, begin, end, 0, weights + m * kWeights, sums.unit + m,
@@ -882,8 +889,8 @@ static void append(const Call& c, int64_t row_begin, int64_t row_end) {
     const int64_t block = offset / kBlock, token = offset % kBlock;
     for (int64_t h = 0; h < c.kv_heads; ++h) {
       char* at = c.pool + page * c.page_bytes + h * c.head_bytes;
-      float* scale = (float*)(at + c.scale_offset) + block * kBlock + token;
-      put(c, at + block * c.k_block_bytes, (const char*)c.k + (r * c.kv_heads + h) * c.dim * size, c.dim, scale,
+      float* scale = (float*)at + block * kBlock + token;
+      put(c, at + c.k_offset + block * c.k_block_bytes, (const char*)c.k + (r * c.kv_heads + h) * c.dim * size, c.dim, scale,
           [&](int64_t d) { return (d / per_word * kBlock + token) * per_word + d % per_word; });
       put(c, at + c.v_offset + block * c.v_block_bytes, (const char*)c.v + (r * c.kv_heads + h) * c.v_dim * size,
           c.v_dim, scale + c.page_blocks * kBlock,
