@@ -25,6 +25,7 @@ struct QueryRow {
   int32_t position;    // in its sequence: the last key it sees
   int32_t first_tile;  // that it sees a key of
   int32_t last_tile;
+  int32_t folded;   // tiles [first_tile, folded) are one partial, that of first_tile
   int64_t partial;  // partials of (tile, head) are at (partial + tile) * kv_heads + head; unused where complete
 };
 
@@ -37,6 +38,7 @@ struct Item {
   int32_t head_begin, head_end;
   int32_t tile_begin, tile_end;
   bool complete;  // covers every tile of its rows, so that it writes the output itself
+  bool leads;     // covers the first tiles of all its rows, so that it folds them itself
 };
 
 struct Call {

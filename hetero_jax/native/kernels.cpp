@@ -563,7 +563,12 @@ static void finish(const Call& c, const QueryRow& row, int head) {
   for (int64_t g = 0; g < c.group; ++g) {
     float top[kWidth] = {kLowest}, sum[kWidth] = {};
     __builtin_memset(values, 0, c.v_pad * 4);
-    for (int tile = row.first_tile; tile <= row.last_tile; ++tile) {
+    if (row.folded > row.first_tile) {
+      const float* begun = partial_of(c, row, row.first_tile, head) + g * stride;
+      __builtin_memcpy(values, begun, c.v_pad * 4);
+      top[0] = begun[c.v_pad], sum[0] = begun[c.v_pad + 1];
+    }
+    for (int tile = row.folded; tile <= row.last_tile; ++tile) {
       const float* more = partial_of(c, row, tile, head) + g * stride;
       TileSums sums, weights;
       store(sums.top, splat(more[c.v_pad])), store(sums.sum, splat(more[c.v_pad + 1]));
@@ -698,7 +703,8 @@ struct HeadState {
 template <class T>
 class ItemRun {
  public:
-  ItemRun(const Call& call, const Item& of) : c(call), item(of), vectors((int)(of.num_rows * call.group)) {
+  ItemRun(const Call& call, const Item& of)
+      : c(call), item(of), vectors((int)(of.num_rows * call.group)), folds(of.complete || of.leads) {
     const int heads = item.head_end - item.head_begin;
     const int pass = vectors < kPassVectors ? vectors : kPassVectors;
     const int64_t list_bytes = round_up(vectors * 4, kLine), vector_bytes = round_up(vectors * sizeof(Vector), kLine);
@@ -742,11 +748,14 @@ class ItemRun {
           pass_over(t, tile, heads[now], head, m0, vectors - m0 < kPassVectors ? vectors - m0 : kPassVectors);
       }
     }
-    if (!item.complete) return;
+    if (!folds) return;
     for (int head = item.head_begin; head < item.head_end; ++head) {
       const HeadState<T>& state = states[head - item.head_begin];
       for (int m = 0; m < vectors; ++m)
-        write_output(c, item.rows[m / c.group].row, head * c.group + m % c.group, state.top[m], state.sum[m],
+        if (!item.complete)
+          keep(item.rows[m / c.group].first_tile, head, m, state.values + m * c.v_pad, state.top[m], state.sum[m]);
+        else
+          write_output(c, item.rows[m / c.group].row, head * c.group + m % c.group, state.top[m], state.sum[m],
                      state.values + m * c.v_pad);
     }
   }
@@ -769,7 +778,7 @@ class ItemRun {
       state.vector[m] = {row.position, c.slopes ? c.slopes[query_head] : 0.0f, c.scale * unit};
       state.top[m] = kLowest, state.sum[m] = 0;
     }
-    if (item.complete) __builtin_memset(state.values, 0, vectors * c.v_pad * 4);
+    if (folds) __builtin_memset(state.values, 0, vectors * c.v_pad * 4);
   }
 
   // Vectors [m0, m0 + count) of a head over one tile.
@@ -801,27 +810,31 @@ class ItemRun {
       values_of<T, MR, columns_of(MR) / T::kAccRegisters>(c, in, begin, end, 0, weights + m * kWeights, sums.unit + m,
                                                           tile_values + m * c.v_pad, m0 + m == 0 ? &ahead : nullptr);
     });
-    if (!item.complete) return keep(t, head, m0, count, sums);
+    if (!folds) {
+      for (int m = 0; m < count; ++m) {
+        const QueryRow& row = item.rows[(m0 + m) / c.group];
+        if (t >= row.first_tile && t <= row.last_tile)
+          keep(t, head, m0 + m, tile_values + m * c.v_pad, sums.top[m], sums.sum[m]);
+      }
+      return;
+    }
     TileSums fold;
     fold_sums(count, state.top + m0, state.sum + m0, sums, &fold);
     for (int m = 0; m < count; ++m)
       fold_values(c.v_pad, state.values + (m0 + m) * c.v_pad, fold.top[m], tile_values + m * c.v_pad, fold.sum[m]);
   }
 
-  // Writes what a tile gave where `finish` will find it.
-  void keep(int t, int head, int m0, int count, const TileSums& sums) {
-    for (int m = 0; m < count; ++m) {
-      const QueryRow& row = item.rows[(m0 + m) / c.group];
-      if (t < row.first_tile || t > row.last_tile) continue;
-      float* to = partial_of(c, row, t, head) + (m0 + m) % c.group * (c.v_pad + kPartialTail);
-      __builtin_memcpy(to, tile_values + m * c.v_pad, c.v_pad * sizeof(float));
-      to[c.v_pad] = sums.top[m], to[c.v_pad + 1] = sums.sum[m];
-    }
+  // Writes vector m's partial of a tile where `finish` will find it.
+  void keep(int t, int head, int m, const float* values, float top, float sum) {
+    float* to = partial_of(c, item.rows[m / c.group], t, head) + m % c.group * (c.v_pad + kPartialTail);
+    __builtin_memcpy(to, values, c.v_pad * sizeof(float));
+    to[c.v_pad] = top, to[c.v_pad + 1] = sum;
   }
 
   const Call& c;
   const Item& item;
   const int vectors;  // of each head
+  const bool folds;   // its tiles, one after the other
   int64_t last_position = 0;
   Carve carve;
   HeadState<T>* states;

@@ -62,7 +62,7 @@ void add_rows(const Call& call, const Tables& tables, int64_t s, Plan* plan) {
     const int64_t oldest = call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
     plan->rows.push_back({static_cast<int32_t>(tables.first_row[s] + r), static_cast<int32_t>(position),
                           static_cast<int32_t>(tile_of(call, oldest)), static_cast<int32_t>(tile_of(call, position)),
-                          0});
+                          static_cast<int32_t>(tile_of(call, oldest)), 0});
   }
 }
 
@@ -157,23 +157,34 @@ int64_t cost_of(const Call& call, const Span& span) {
   return std::max<int64_t>(1, span.count * call.group / kComputeBound);
 }
 
-// Cuts spans along their tiles, so that one long context keeps no thread busy after the others are done (LeanAttention,
-// arXiv 2405.10480). Where the cuts are changes no bit.
+// Cuts spans so that one long context keeps no thread busy after the others are done (LeanAttention, arXiv 2405.10480):
+// those of many rows between rows, which costs nothing where arithmetic binds, and then along their tiles. Where the cuts
+// are changes no bit.
 std::vector<Span> cut(const Call& call, const std::vector<Span>& spans, int threads) {
   int64_t total = 0;
   for (const Span& span : spans) total += (span.end - span.first) * cost_of(call, span) * call.kv_heads;
   const int64_t most = std::max<int64_t>(1, total / (threads * kItemsPerThread));
   std::vector<Span> cuts;
   for (const Span& span : spans) {
-    const int64_t tiles = span.end - span.first;
-    const int64_t parts = std::min(tiles, (tiles * cost_of(call, span) + most - 1) / most);
-    for (int64_t part = 0; part < parts; ++part) {
-      cuts.push_back(span);
-      cuts.back().first = span.first + tiles * part / parts;
-      cuts.back().end = span.first + tiles * (part + 1) / parts;
-    }
+    const int64_t tiles = span.end - span.first, wanted = (tiles * cost_of(call, span) + most - 1) / most;
+    const int64_t row_parts = std::max<int64_t>(1, std::min(wanted, span.count * call.group / kPassVectors));
+    const int64_t parts = std::min(tiles, (wanted + row_parts - 1) / row_parts);
+    for (int64_t row = 0; row < row_parts; ++row)
+      for (int64_t part = 0; part < parts; ++part) {
+        cuts.push_back(span);
+        cuts.back().begin = span.begin + span.count * row / row_parts;
+        cuts.back().count = span.begin + span.count * (row + 1) / row_parts - cuts.back().begin;
+        cuts.back().first = span.first + tiles * part / parts;
+        cuts.back().end = span.first + tiles * (part + 1) / parts;
+      }
   }
   return cuts;
+}
+
+// Whether a span covers the first tiles of all its rows.
+bool leads(const Span& span, const Plan& plan) {
+  const auto begin = plan.rows.begin() + span.begin;
+  return std::all_of(begin, begin + span.count, [&](const QueryRow& row) { return row.first_tile == span.first; });
 }
 
 // Which spans cover every tile of their rows and so write the output themselves. The rows of the others get places for
@@ -185,7 +196,10 @@ std::vector<bool> place_partials(const std::vector<Span>& spans, Plan* plan) {
   std::vector<bool> complete, waits(plan->rows.size());
   for (const Span& span : spans) {
     complete.push_back(std::all_of(rows_of(span), rows_of(span) + span.count, [](int32_t items) { return items == 1; }));
-    if (!complete.back()) std::fill_n(waits.begin() + span.begin, span.count, true);
+    if (complete.back()) continue;
+    std::fill_n(waits.begin() + span.begin, span.count, true);
+    if (leads(span, *plan))
+      for (int64_t r = span.begin; r < span.begin + span.count; ++r) plan->rows[r].folded = static_cast<int32_t>(span.end);
   }
   for (size_t r = 0; r < plan->rows.size(); ++r) {
     QueryRow& row = plan->rows[r];
@@ -214,6 +228,7 @@ void add_items(const Call& call, const Tables& tables, const Span& span, bool co
     item.tile_begin = static_cast<int32_t>(span.first);
     item.tile_end = static_cast<int32_t>(span.end);
     item.complete = complete;
+    item.leads = leads(span, *plan);
     plan->items.push_back(item);
     plan->item_first.push_back(static_cast<int32_t>(span.begin));
   }

@@ -22,7 +22,7 @@ struct Plan {
   std::vector<int32_t> lone_rows;    // rows of no sequence: their output is 0
   std::vector<int32_t> item_first;   // [items] index of the item's first row in `rows`
   std::vector<int32_t> pending;      // [rows] items that each head of a row waits for; 0 where one item does all
-  int64_t partials = 0;              // (row, tile) pairs kept apart
+  int64_t partials = 0;              // (row, tile) places for partials
 };
 
 // Fills `plan`, or returns what does not fit.
