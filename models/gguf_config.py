@@ -56,7 +56,7 @@ def _decoder_config(file: GgufFile, arch: str) -> DecoderConfig:
     variant: dict[str, Any] = {}
     if arch in ("gemma2", "gemma3"):
         variant = gemma_fields(file, arch, head_dim=head_dim)
-    elif get(file, f"{arch}.expert_count", 0) != 0:
+    elif arch == "qwen3moe" or get(file, f"{arch}.expert_count", 0) != 0:
         variant = expert_fields(file, arch)
     shared = dict(
         model_type=arch,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import models
+from models.families import build
 from models.gguf_config import config_from_gguf
 from models.gguf_file import GgufFile
 from models.hf_config import config_from_hf
@@ -60,3 +63,43 @@ def test_an_option_that_is_not_built_is_refused_by_name():
     for key, value in {"use_bidirectional_attention": True, "rope_parameters": {"full_attention": {}}}.items():
         with pytest.raises(models.UnsupportedModelError, match=key):
             config_from_hf({**config, key: value})
+
+
+def test_a_qwen3moe_file_that_does_not_count_its_experts_is_refused_with_the_key(tmp_path):
+    file = GgufFile(write_oracle_gguf("qwen3_moe", tmp_path / "m.gguf"))
+    key = "qwen3moe.expert_count"
+    whole = file.metadata
+    file.metadata = {name: value for name, value in whole.items() if name != key}
+    with pytest.raises(models.ModelFormatError, match=f"the key '{key}' is missing"):
+        config_from_gguf(file)
+    file.metadata = {**whole, key: 0}
+    with pytest.raises(models.ModelFormatError, match=f"{key} must be a positive integer, not 0"):
+        config_from_gguf(file)
+
+
+def _tanh_form(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def _exact_form(x):
+    return x * 0.5 * (1 + np.array([math.erf(each / math.sqrt(2)) for each in x]))
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("gelu", _exact_form),
+        ("gelu_new", _tanh_form),
+        ("gelu_fast", _tanh_form),
+        ("gelu_pytorch_tanh", _tanh_form),
+        (None, _exact_form),
+    ],
+)
+def test_gelu_of_gpt_neox_is_the_form_that_its_config_names(name, formula):
+    values = json.loads((FOLDER / "gpt_neox" / "config.json").read_text())
+    values = {key: value for key, value in values.items() if key != "hidden_act"}
+    config = config_from_hf(values if name is None else {**values, "hidden_act": name})
+    mlp = build(config, rngs=nnx.Rngs(0), dtype=jnp.float32).blocks[0].mlp
+    x = np.linspace(-4, 4, 201)
+    np.testing.assert_allclose(mlp.activation(jnp.asarray(x, jnp.float32)), formula(x), atol=1e-6)
+    assert np.abs(_exact_form(x) - _tanh_form(x)).max() > 1e-4
