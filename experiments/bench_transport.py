@@ -10,7 +10,6 @@ figure is the median of the ratios of neighbours, for the machine's speed drifts
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import ssl
@@ -19,16 +18,16 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 
+from experiments.echo_process import ECHO, SINK, process, serving_process
 from experiments.markdown import print_header, print_row
-from transport import Attend, Hello, Layout, Release, Result, WorkerServer, connect
-from transport.header import Scalar
+from transport import Hello, connect
 
 _SIZES = flags.DEFINE_list(
     "sizes", ["1024", "65536", "262144", "1048576", "4194304", "16777216"], "Bytes of a message."
@@ -44,25 +43,6 @@ _PROTECTIONS = {  # secret, TLS
     "TLS": (None, True),
     "authentication and TLS": (_SECRET, True),
 }
-_ECHO, _SINK = 0, 1  # sites of the worker, first byte of a bare connection
-
-
-class _Worker:
-    """Site 0 echoes q, site 1 swallows it."""
-
-    def hello(self, hello: Hello) -> Hello:
-        return hello
-
-    def layout(self, layout: Layout) -> None: ...
-
-    def attend(self, attend: Attend) -> Result:
-        out = attend.q if attend.site == _ECHO else attend.q[:0]
-        return Result(request_id=attend.request_id, out=out)
-
-    def release(self, release: Release) -> None: ...
-
-    def stats(self) -> Mapping[str, Scalar]:
-        return {}
 
 
 def main(argv: list[str]) -> None:
@@ -70,10 +50,10 @@ def main(argv: list[str]) -> None:
     del argv
     print_header(["protection", "bytes", "bare round trip", "round trip / bare", "bare GB/s", "throughput / bare"])
     with ExitStack() as stack:
-        bare_port = stack.enter_context(_process(_serve_bare))
+        bare_port = stack.enter_context(process(_serve_bare))
         certificates = _certificates(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         for name, (secret, tls) in _PROTECTIONS.items():
-            port = stack.enter_context(_process(_serve_transport, secret, certificates if tls else None))
+            port = stack.enter_context(serving_process(secret, certificates if tls else None))
             for size in map(int, _SIZES.value):
                 print_row([name, size, *_compare(bare_port, port, size, secret, certificates if tls else None)])
 
@@ -85,9 +65,9 @@ def _compare(
     hello = Hello(fingerprint="bench", generation=time.time_ns(), page_budget=0)
     client = connect("127.0.0.1", port, hello, secret=secret, tls=context)
     q = np.ones(size, np.int8)
-    ask = [lambda site=site: client.attend(site=site, layout=0, q=q) for site in (_ECHO, _SINK)]
-    round_trips = _ratios(_bare_turn(bare_port, size, _ECHO), lambda: _turn(ask[_ECHO], 1))
-    streams = _ratios(_bare_turn(bare_port, size, _SINK), lambda: _turn(ask[_SINK], _IN_FLIGHT.value))
+    ask = [lambda site=site: client.attend(site=site, layout=0, q=q) for site in (ECHO, SINK)]
+    round_trips = _ratios(_bare_turn(bare_port, size, ECHO), lambda: _turn(ask[ECHO], 1))
+    streams = _ratios(_bare_turn(bare_port, size, SINK), lambda: _turn(ask[SINK], _IN_FLIGHT.value))
     client.close()
     return [
         f"{round_trips[0] * 1e6:.0f} us",
@@ -123,8 +103,8 @@ def _bare_turn(port: int, size: int, site: int) -> Callable[[], float]:
     sock = socket.create_connection(("127.0.0.1", port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.sendall(bytes([site]) + size.to_bytes(8, "little"))
-    message, answer = bytearray(size), memoryview(bytearray(size if site == _ECHO else 1))
-    in_flight = 1 if site == _ECHO else _IN_FLIGHT.value
+    message, answer = bytearray(size), memoryview(bytearray(size if site == ECHO else 1))
+    in_flight = 1 if site == ECHO else _IN_FLIGHT.value
 
     def turn() -> float:
         start_s, count, pending = time.perf_counter(), 0, 0
@@ -151,30 +131,6 @@ def _receive(sock: socket.socket, buffer: memoryview) -> bool:
     return True
 
 
-@contextmanager
-def _process(serve: Callable, *args: object) -> Iterator[int]:
-    """A process that serves; gives its port."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(theirs, *args), daemon=True)
-    process.start()
-    try:
-        yield ours.recv()
-    finally:
-        process.kill()
-        process.join()
-
-
-def _serve_transport(pipe, secret: bytes | None, certificates: tuple[str, str] | None) -> None:
-    context = None
-    if certificates:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*certificates)
-    server = WorkerServer(_Worker(), secret=secret, tls=context)
-    pipe.send(server.address[1])
-    server.serve_forever()
-
-
 def _serve_bare(pipe) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     pipe.send(listener.getsockname()[1])
@@ -192,7 +148,7 @@ def _echo_bare(sock: socket.socket) -> None:
     _receive(sock, header)
     buffer = memoryview(bytearray(int.from_bytes(header[1:], "little")))
     while _receive(sock, buffer):
-        sock.sendall(buffer if header[0] == _ECHO else b"\0")
+        sock.sendall(buffer if header[0] == ECHO else b"\0")
 
 
 def _certificates(folder: Path) -> tuple[str, str]:

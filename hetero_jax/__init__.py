@@ -7,6 +7,7 @@ from hetero_jax.errors import HeteroJaxError
 from hetero_jax.outputs import Completion, Request, Sample
 from hetero_jax.restore import restore
 from hetero_jax.sampling_params import SamplingParams
+from hetero_jax.tracing import Trace
 from models import Tokenizer, load
 from partition import Plan, partition
 
@@ -21,6 +22,7 @@ __all__ = [
     "Sample",
     "SamplingParams",
     "Tokenizer",
+    "Trace",
     "load",
     "partition",
     "restore",

@@ -129,6 +129,7 @@ class Engine:
         """Counters so far."""
         return replace(
             self._stats,
+            num_microbatches=self._scheduler.num_microbatches,
             pages_used=self._scheduler.pages_used,
             pages_total=self._scheduler.pages_total,
             preemptions=self._scheduler.num_preemptions,

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Counters since the engine was made. The *_s fields but total_s count while `engine.profile` is set."""
+    """Counters since the engine was made. The *_s fields but total_s count while `engine.profile` is set.
+
+    num_microbatches: in flight at most, at present.
+    """
 
     sequences_done: int = 0
     sequences_total: int = 0
@@ -16,6 +19,7 @@ class EngineStats:
     steps: int = 0
     preemptions: int = 0
     workers_lost: int = 0
+    num_microbatches: int = 0
     pages_used: int = 0
     pages_total: int = 0
     total_s: float = 0.0

@@ -52,7 +52,7 @@ class Trace:
     def __init__(self) -> None:
         self._slices: list[Slice] = []
         self._calls: defaultdict[str, list[WorkerCall]] = defaultdict(list)
-        self._counts: list[tuple[str, float, int]] = []
+        self.counts: list[tuple[str, float, int]] = []  # name, second of the monotonic clock, value
         self._lanes: dict[str, _Lane] = {}
 
     def computed(self, lane: str, name: str, inputs: Any, outputs: Any) -> None:
@@ -67,7 +67,7 @@ class Trace:
 
     def count(self, name: str, value: int) -> None:
         """A number that is so from now on."""
-        self._counts.append((name, time.monotonic(), value))
+        self.counts.append((name, time.monotonic(), value))
 
     def slices(self) -> list[Slice]:
         """All so far, by lane and time; those of one lane do not overlap."""
@@ -75,6 +75,11 @@ class Trace:
             lane.join()
         remote = [each for address, calls in self._calls.items() for each in _slices_of(address, calls)]
         return sorted([*self._slices, *remote], key=lambda each: (each.lane, each.begin_s, each.end_s))
+
+    def busy_s(self, lane: str, begin_s: float, end_s: float) -> float:
+        """Seconds of those between these two in which the lane was busy."""
+        spans = [(max(each.begin_s, begin_s), min(each.end_s, end_s)) for each in self.slices() if each.lane == lane]
+        return _covered_s(span for span in spans if span[0] < span[1])
 
     def write(self, path: str | Path) -> None:
         """In the Trace Event Format, in microseconds."""
@@ -89,7 +94,7 @@ class Trace:
             times = {"ts": begin_us, "dur": round(end_us - begin_us, 3)}
             bytes_ = {"args": {"bytes": each.num_bytes}} if each.num_bytes else {}
             events.append({"ph": "X", "name": each.name, "pid": 1, "tid": lanes[each.lane], **times, **bytes_})
-        for name, at_s, value in self._counts:
+        for name, at_s, value in self.counts:
             events.append({"ph": "C", "name": name, "pid": 1, "ts": round(at_s * 1e6, 3), "args": {name: value}})
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
@@ -105,7 +110,7 @@ class Trace:
         busy = [f"{lane} busy {_covered_s(spans[lane]) / total_s:.0%}" for lane in spans]
         tier2 = [span for lane in spans if lane == TIER2 or lane.startswith("worker ") for span in spans[lane]]
         both_s = _covered_s(spans[TIER1]) + _covered_s(tier2) - _covered_s([*spans[TIER1], *tier2])
-        most = {name: max(value for each, _, value in self._counts if each == name) for name, *_ in self._counts}
+        most = {name: max(value for each, _, value in self.counts if each == name) for name, *_ in self.counts}
         tokens = most.get("tokens", 0)
         moved = sum(each.num_bytes for each in slices)
         return (

@@ -190,6 +190,7 @@ def connect(
 
 def _agree(peer: Peer, hello: Hello) -> Hello:
     peer.send(hello)
+    peer.await_welcome()
     welcome = peer.receive()
     if isinstance(welcome, Error):
         raise _as_exception(welcome)

@@ -18,13 +18,15 @@ from transport.streams import Stream, WhileStuck
 class Timing:
     """Seconds.
 
-    handshake_s: from the connection to the peer's Hello.
+    handshake_s: from the connection to the engine's Hello.
+    welcome_s: from there to the worker's; it makes room for the cache meanwhile.
     heartbeat_s: between signs of life of this side.
     silence_s: without any byte of the peer, it counts as lost.
     stall_s: without any byte taken by the peer, while there is something to send, it counts as lost.
     """
 
     handshake_s: float = 5.0
+    welcome_s: float = 300.0
     heartbeat_s: float = 2.0
     silence_s: float = 8.0
     stall_s: float = 8.0
@@ -55,6 +57,10 @@ class Peer:
                 self._receive_some()
         finally:
             self._send_handshake()
+
+    def await_welcome(self) -> None:
+        """The peer has shaken hands, and now takes `welcome_s` at most for its next message."""
+        self._deadline_s = time.monotonic() + self._timing.welcome_s
 
     def receive(self) -> Message:
         """The next message; for one thread.

@@ -72,6 +72,7 @@ def test_the_summary_follows_from_the_slices():
     trace.count("tokens", 5)
     trace.count("pages", 7)
     trace.count("pages", 3)
+    assert (trace.busy_s("tier 1", 10.5, 12), trace.busy_s("tier 2", 0, 11)) == (1.0, 0.5)
     # 2.5 s and 2.5 s of 5 s; together from 10.5 to 11 and from 11.5 to 12
     expected = "trace: 5.00 s, tier 1 busy 50%, tier 2 busy 50%; both tiers at once 20%; 0 bytes moved per token of 5"
     assert trace.summary() == f"{expected}; KV pages: at most 7"

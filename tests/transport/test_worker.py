@@ -200,6 +200,19 @@ def test_a_busy_worker_gives_signs_of_life():
         client.close()
 
 
+def test_a_worker_may_take_longer_for_its_welcome_than_for_its_handshake():
+    handler, timing = echo_worker.EchoHandler(), Timing(handshake_s=0.5)
+    hello, waited = handler.hello, threading.Event()
+    handler.hello = lambda message: (waited.wait(1.5), hello(message))[1]
+    with serving(WorkerServer(handler)) as server:
+        client = connect(*server.address, Hello(fingerprint="", generation=1, page_budget=4), timing=timing)
+        assert client.welcome.page_budget == 2
+        client.close()
+        impatient = Timing(handshake_s=0.5, welcome_s=0.1)
+        with pytest.raises(ConnectionLostError, match="fell silent"):
+            connect(*server.address, Hello(fingerprint="", generation=2, page_budget=4), timing=impatient)
+
+
 def test_what_a_release_raises_ends_the_session_and_is_told():
     handler = echo_worker.EchoHandler()
     with serving(WorkerServer(handler)) as server:
