@@ -55,7 +55,7 @@ class Analysis:
     def is_weight(self, value: Value) -> bool:
         """A parameter, or one layer's slice of stacked ones."""
         eqn = self.made_by.get(value)
-        if eqn is None or eqn.primitive != "take_layer":
+        if eqn is None or eqn.primitive != "take_layer" or self.facts[value].kind is not Kind.CONSTANT:
             return value in self.weights
         made_of = closure([value], self.made_by, lambda _: True)
         return any(operand in self.weights for each in made_of for operand in each.inputs)

@@ -84,3 +84,9 @@ def constant_value(value: Value, program: Program) -> np.ndarray | None:
     for eqn in equations:
         env.update(zip(eqn.outputs, eqn.evaluate([env[each] for each in eqn.inputs]), strict=True))
     return np.asarray(env[value])
+
+
+def widen_type(value: Any) -> Any:
+    """f32 for a 16-bit float type; anything else as it is."""
+    is_short = isinstance(value, (np.dtype, type)) and value in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    return np.dtype(np.float32) if is_short else value

@@ -2,7 +2,7 @@
 
 Inline calls (jit, remat, custom_jvp/vjp, closed calls) are expanded and scans over layers unrolled, so that the
 analysis sees one list of equations; a split becomes slices. One primitive is ours: 'take_layer', one layer's slice of
-what a scan runs over.
+what a scan runs over. Scans over chunks of the tokens stay, with a program of their step.
 Runs on JAX 0.10.2 to 0.12 (from 0.11 a ClosedJaxpr is itself a Jaxpr).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Value:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Equation:
-    """outputs = primitive(*inputs, **params). `where` is the model's source line."""
+    """outputs = primitive(*inputs, **params). `where` is the model's source line; `loop`: of a scan that stays."""
 
     primitive: str
     inputs: tuple[Value, ...]
@@ -54,6 +54,7 @@ class Equation:
     params: Mapping[str, Any]
     where: str
     bind: Callable[..., Any] = field(repr=False)
+    loop: Loop | None = None
 
     def evaluate(self, args: Sequence[Any], params: Mapping[str, Any] | None = None) -> list[Any]:
         """Run the equation on `args`; `params` replaces the traced parameters (after a change of size)."""
@@ -71,12 +72,40 @@ class Program:
     constants: Mapping[Value, Any]
 
 
-def trace(fn: Callable[..., Any], *args: Any, rows: int | None = None) -> Program:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Loop:
+    """A scan: body(*constants, *carry, *an entry of each other operand) -> (*next carry, *an entry of each result)."""
+
+    body: Program
+    num_constants: int
+    num_carry: int
+    length: int
+    reverse: bool
+
+
+class LoopJudge(Protocol):
+    """Says which scans stay, being told of every equation in order."""
+
+    def follow(self, eqn: Equation) -> None:
+        """Take note of an equation."""
+        ...
+
+    def enter(self, operands: Sequence[Value], inputs: Sequence[Value], num_constants: int, num_carry: int) -> None:
+        """The equations that follow are of a scan over `operands`, whose step has these `inputs`."""
+        ...
+
+    def leave(self, operands: Sequence[Value], loop: Loop) -> bool:
+        """End of that scan's equations: does it stay?"""
+        ...
+
+
+def trace(fn: Callable[..., Any], *args: Any, rows: int | None = None, judge: LoopJudge | None = None) -> Program:
     """Flat program of `fn(*args)` without what its outputs do not need.
 
     Args:
       args: pytrees of arrays or `jax.ShapeDtypeStruct`.
-      rows: scans of so many steps run along the tokens and stay, if they carry something; all others are unrolled.
+      rows: scans of so many steps run along the tokens and stay, if they carry something.
+      judge: says which others stay; without one all are unrolled.
 
     Raises:
       TraceError: JAX could not trace the function.
@@ -85,7 +114,7 @@ def trace(fn: Callable[..., Any], *args: Any, rows: int | None = None) -> Progra
         closed = jax.make_jaxpr(fn)(*args)
     except Exception as error:
         raise TraceError(f"the model could not be traced: {type(error).__name__}: {error}") from error
-    flattener = _Flattener(rows)
+    flattener = _Flattener(rows, judge)
     inputs = [flattener.new(var.aval) for var in closed.jaxpr.invars]
     outputs = flattener.inline(closed.jaxpr, closed.consts, inputs)
     return Program(
@@ -121,8 +150,8 @@ def live(equations: Sequence[Equation], outputs: Sequence[Value]) -> list[Equati
 class _Flattener:
     """Expands calls and scans; equations that repeat an earlier one (the same rotary table in each layer) become it."""
 
-    def __init__(self, rows: int | None) -> None:
-        self.rows = rows
+    def __init__(self, rows: int | None, judge: LoopJudge | None) -> None:
+        self.rows, self.judge = rows, judge
         self.equations: list[Equation] = []
         self.constants: dict[Value, Any] = {}
         self.known: dict[Any, list[Value]] = {}
@@ -141,14 +170,19 @@ class _Flattener:
         self.constants[value] = array
         return value
 
-    def add(self, eqn: Any, operands: Sequence[Value], where: str) -> list[Value]:
+    def add(self, eqn: Any, operands: Sequence[Value], where: str, loop: Loop | None = None) -> list[Value]:
         key = (eqn.primitive, tuple(operands), repr(sorted(eqn.params.items(), key=lambda item: item[0])))
         if key in self.known and not eqn.effects:
             return self.known[key]
         results = [self.new(var.aval) for var in eqn.outvars]
-        self.equations.append(_equation(eqn, operands, results, where))
+        self.append(_equation(eqn, operands, results, where, loop))
         self.known[key] = results
         return results
+
+    def append(self, eqn: Equation) -> None:
+        self.equations.append(eqn)
+        if self.judge is not None:
+            self.judge.follow(eqn)
 
     def inline(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value], caller: str = "") -> list[Value]:
         env: dict[Any, Value] = dict(zip(jaxpr.invars, args, strict=True))
@@ -168,16 +202,48 @@ class _Flattener:
             inner = eqn.params.get(_INLINE.get(eqn.primitive.name, ""))
             if inner is not None:
                 results = self.inline(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), operands, where)
-            elif eqn.primitive.name == "scan" and eqn.params["length"] != self.rows:
-                results = self.unroll(eqn.params, operands, where)
-            elif eqn.primitive.name == "scan" and _scan_counts(eqn.params)[1] == 0:
-                results = self.side_by_side(eqn.params, operands, where)
+            elif eqn.primitive.name == "scan":
+                results = self.scan(eqn, operands, where)
+            elif eqn.primitive.name == "pad" and not np.any(eqn.params["padding_config"]):
+                results = operands[:1]
             elif eqn.primitive.name == "split":
                 results = self.slices(operands[0], eqn.params["axis"], eqn.params["sizes"], where)
             else:
                 results = self.add(eqn, operands, where)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def scan(self, eqn: Any, operands: Sequence[Value], where: str) -> list[Value]:
+        if eqn.params["length"] != self.rows:
+            loop = None if self.judge is None else self.loop(eqn.params, operands, self.judge)
+            return self.unroll(eqn.params, operands, where) if loop is None else self.add(eqn, operands, where, loop)
+        if _scan_counts(eqn.params)[1] == 0:
+            return self.side_by_side(eqn.params, operands, where)
+        return self.add(eqn, operands, where)
+
+    def loop(self, params: Mapping[str, Any], operands: Sequence[Value], judge: LoopJudge) -> Loop | None:
+        """The scan as a loop, if it stays one."""
+        body, (num_constants, num_carry) = params["jaxpr"], _scan_counts(params)
+        inside = _Flattener(self.rows, judge)
+        inputs = [inside.new(var.aval) for var in getattr(body, "jaxpr", body).invars]
+        judge.enter(operands, inputs, num_constants, num_carry)
+        outputs = inside.inline(getattr(body, "jaxpr", body), getattr(body, "consts", ()), inputs)
+        loop = Loop(
+            body=Program(
+                inputs=tuple(inputs),
+                outputs=tuple(outputs),
+                equations=tuple(live(inside.equations, outputs)),
+                constants=inside.constants,
+            ),
+            num_constants=num_constants,
+            num_carry=num_carry,
+            length=params["length"],
+            reverse=params["reverse"],
+        )
+        if not judge.leave(operands, loop):
+            return None
+        self.constants.update(inside.constants)
+        return loop
 
     def unroll(self, params: Mapping[str, Any], operands: Sequence[Value], where: str) -> list[Value]:
         """The equations of every step of a scan."""
@@ -245,7 +311,7 @@ class _Flattener:
     ) -> Value:
         """The result of an equation that is in no jaxpr."""
         made = Value(shape, inputs[0].dtype)
-        self.equations.append(
+        self.append(
             Equation(primitive=primitive, inputs=tuple(inputs), outputs=(made,), params=params, where=where, bind=bind)
         )
         return made
@@ -259,7 +325,7 @@ def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
-def _equation(eqn: Any, inputs: Sequence[Value], outputs: Sequence[Value], where: str) -> Equation:
+def _equation(eqn: Any, inputs: Sequence[Value], outputs: Sequence[Value], where: str, loop: Loop | None) -> Equation:
     return Equation(
         primitive=eqn.primitive.name,
         inputs=tuple(inputs),
@@ -267,4 +333,5 @@ def _equation(eqn: Any, inputs: Sequence[Value], outputs: Sequence[Value], where
         params=dict(eqn.params),
         where=where,
         bind=eqn.primitive.bind,
+        loop=loop,
     )

@@ -82,11 +82,11 @@ def _recognised(traced: PlannedSite, wide: SiteFunction, max_rows: int) -> Plann
         for name, port in operands.ports.items()
     }
     probe = _Probe(operands, roles, max_rows)
-    spec = dataclasses.replace(probe.spec(), has_sinks=bool(traced.weights))
+    spec = dataclasses.replace(probe.spec(), has_sinks=bool(traced.weights) or operands.is_partial)
     found = dataclasses.replace(
         traced, function=wide, inputs=(ports["q"], ports["k"], ports["v"]), outputs=(ports["out"],), spec=spec
     )
-    operands.weights = _random_weights(traced)
+    operands.as_is(_random_weights(traced))
     probe.check(spec, np.asarray(found.sinks(operands.weights), np.float64) if spec.has_sinks else None)
     return dataclasses.replace(found, function=traced.function)
 
@@ -101,6 +101,8 @@ class _Operands:
 
     weights: what the site gets for its weights; at first so negative that, where they are scores of sinks, these have
       no weight.
+    is_partial: a single key's weight is less than 1, so sinks of constant scores have the rest. The outputs are then
+      those without sinks, until `as_is`: what they are divided by what they are for values of 1.
 
     Raises:
       NotRecognisedError: it has others.
@@ -119,13 +121,30 @@ class _Operands:
             raise NotRecognisedError("it takes or gives values of no float type")
         self.traced, self.function = traced, wide
         self.weights = [jnp.full(value.shape, -1e4, value.dtype) for value in traced.weights]
-        self._forward, self._backward = jax.jit(self._flat), jax.jit(self._slope)
         self.ports = {"q": queries[0], "k": keys[0], "v": keys[1], "out": traced.outputs[0]}
+        self.as_is(self.weights)
         if self._is_value("k"):
             self.ports |= {"k": keys[1], "v": keys[0]}
         if self._is_value("k") or not self._is_value("v"):
             raise NotRecognisedError("a single key's output is not that of one of its two operands alone")
         self.sizes = {name: math.prod(port.layout.inner) for name, port in self.ports.items()}
+        self.is_partial = self._is_partial()
+        if self.is_partial:
+            self._use(self._without_sinks)
+
+    def as_is(self, weights: list[jax.Array]) -> None:
+        """From now on the site's own outputs, for these weights."""
+        self.weights = weights
+        self._use(self._flat)
+
+    def _use(self, site: Callable[..., jax.Array]) -> None:
+        self._site, self._forward, self._backward = site, jax.jit(site), jax.jit(self._slope)
+
+    def _is_partial(self) -> bool:
+        """Do keys of score 0 together weigh less than 1?"""
+        q, k, v = (np.full((1, self.sizes[name]), value) for name, value in (("q", 0.0), ("k", 0.0), ("v", 1.0)))
+        seen = self.run(q[0], k, v, POSITION, np.array([POSITION]))
+        return bool(((seen > 0) & (seen < 1 - 1e-6)).all())
 
     def run(self, q: Array, k: Array, v: Array, query_position: int, key_positions: Array) -> Array:
         """[out elements] of one query q [elements] over flat k and v [keys, elements].
@@ -143,25 +162,28 @@ class _Operands:
         q = np.zeros((1, self.sizes["q"]), np.float32)
         return np.asarray(self._backward(self.weights, q, k, v, np.asarray(cotangent, np.float32))[0], np.float64)
 
-    def _flat(self, weights: Any, q: Array, k: Array, v: Array, query_positions: Any, key_positions: Any) -> jax.Array:
+    def _flat(self, weights: Any, q: Array, k: Array, v: Any, query_positions: Any, key_positions: Any) -> jax.Array:
         arrays = {self.ports["q"]: q, self.ports["k"]: k, self.ports["v"]: v}
         rows = [port.layout.from_canonical(jnp.asarray(arrays[port], jnp.float32)) for port in self.traced.inputs]
         (out,) = self.function(rows, query_positions, key_positions, weights)
         return self.ports["out"].layout.to_canonical(out).reshape(len(query_positions), -1)
 
+    def _without_sinks(self, weights: Any, q: Array, k: Array, v: Any, *at: Any) -> jax.Array:
+        return self._flat(weights, q, k, v, *at) / self._flat(weights, q, k, jnp.ones_like(v), *at)
+
     def _slope(self, weights: Any, q: jax.Array, k: Array, v: Array, cotangent: Array) -> jax.Array:
         at = jnp.full(_PROBE_KEYS, POSITION)
-        return jax.grad(lambda q: jnp.sum(self._flat(weights, q, k, v, at[:1], at)[0] * cotangent))(q)
+        return jax.grad(lambda q: jnp.sum(self._site(weights, q, k, v, at[:1], at)[0] * cotangent))(q)
 
     def _is_value(self, name: str) -> bool:
-        """Does the output for a single key change with this operand?"""
+        """Does the output for a single key change with this operand, for q = 0?"""
         random = np.random.default_rng(0)
         rows = {port: random.normal(size=(1, math.prod(port.layout.inner))) for port in self.ports.values()}
         at = np.array([POSITION])
         found = []
         for factor in (1.0, 2.0):
             q, k, v = (rows[self.ports[each]] * (factor if each == name else 1.0) for each in "qkv")
-            found.append(self.run(q[0], k, v, POSITION, at))
+            found.append(self.run(0 * q[0], k, v, POSITION, at))
         return not np.allclose(*found, rtol=1e-5)
 
 

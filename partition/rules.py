@@ -59,6 +59,9 @@ SHAPE_ONLY = frozenset(
 )
 
 
+REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
+
+
 # Entry i is made of the entries 0 .. i.
 RUNNING = frozenset({"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"})
 
@@ -317,7 +320,7 @@ def _iota(eqn: Equation) -> AxisMap:
 
 _RULES: dict[str, Callable[[Equation], AxisMap]] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce),
+    **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(("argmax", "argmin"), _arg_reduce),
     **dict.fromkeys(RUNNING, _along("axis")),
     "broadcast_in_dim": _broadcast_in_dim,

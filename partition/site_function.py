@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from partition.analysis import Analysis
-from partition.evaluate import evaluate
+from partition.evaluate import evaluate, widen_type
 from partition.jaxpr import Equation, Value
 from partition.labels import Axis, Kind
 from partition.rules import axis_map, resized_params
@@ -73,7 +72,7 @@ class _Run:
         shape = self.resized(eqn.outputs[0], ends)
         params = resized_params(eqn, shape)
         if self.function.widened:
-            params = {name: _widen_type(value) for name, value in params.items()}
+            params = {name: widen_type(value) for name, value in params.items()}
         return evaluate(eqn, args, shape, [None if end is None else self.positions[end] for end in ends], params)
 
     def resized(self, value: Value, ends: Ends) -> tuple[int, ...]:
@@ -124,9 +123,4 @@ class _Run:
 
     def constant(self, array: Any) -> Any:
         array = jnp.asarray(array)
-        return array.astype(_widen_type(array.dtype)) if self.function.widened else array
-
-
-def _widen_type(value: Any) -> Any:
-    is_short = isinstance(value, (np.dtype, type)) and value in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    return np.dtype(np.float32) if is_short else value
+        return array.astype(widen_type(array.dtype)) if self.function.widened else array

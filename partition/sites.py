@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import heapq
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from partition.analysis import Analysis
 from partition.errors import UnsupportedSiteError
 from partition.jaxpr import Equation, Value
 from partition.labels import Axis, Kind, Side
-from partition.rules import SHAPE_ONLY, axis_map
+from partition.rules import ELEMENTWISE, REDUCTIONS, SHAPE_ONLY, axis_map
 from partition.structure import closure, in_order_of_need, row_bytes, structure_key
 
 End = Literal["query", "key"]
@@ -96,8 +97,44 @@ class _Finder:
 
     def draft(self, pairing: int) -> _Draft:
         outputs = tuple(sorted(self.outputs[pairing], key=lambda value: self.order[self.analysis.made_by[value]]))
-        members = sorted(self.members(pairing, outputs), key=self.order.__getitem__)
-        return _Draft(pairing=pairing, flips=self.flips(pairing), equations=tuple(members), outputs=outputs)
+        members = self.members(pairing, outputs)
+        if len(outputs) > 1:
+            members, outputs = self.closed(members, outputs)
+        equations = tuple(sorted(members, key=self.order.__getitem__))
+        return _Draft(pairing=pairing, flips=self.flips(pairing), equations=equations, outputs=outputs)
+
+    def closed(self, members: set[Equation], outputs: tuple[Value, ...]) -> tuple[set[Equation], tuple[Value, ...]]:
+        """With what the model makes of the outputs alone, row by row, if that is one value (say their quotient).
+
+        So a normalisation that stands behind the reductions is the attention's.
+        """
+        whole = set(members)
+        made = {value for eqn in members for value in eqn.outputs if not self.analysis.facts[value].sides}
+
+        def users(value: Value) -> list[Equation]:
+            return [eqn for eqn in self.analysis.users.get(value, ()) if eqn not in whole]
+
+        waiting = [self.order[eqn] for value in made for eqn in users(value)]
+        while waiting:
+            heapq.heapify(waiting)
+            eqn = self.analysis.traced.program.equations[heapq.heappop(waiting)]
+            if eqn in whole or not self.is_row_by_row(eqn, made):
+                continue
+            whole.add(eqn)
+            made.update(eqn.outputs)
+            leaving = [value for value in made if users(value)]
+            if len(leaving) == 1:
+                return closure(leaving, self.analysis.made_by, lambda value: value in made) | members, tuple(leaving)
+            waiting.extend(self.order[user] for user in users(eqn.outputs[0]))
+        return members, outputs
+
+    def is_row_by_row(self, eqn: Equation, made: Collection[Value]) -> bool:
+        """Does the equation take nothing but `made` values and constants, and keep their rows?"""
+        facts = self.analysis.facts
+        others = [facts[value].kind for value in eqn.inputs if value not in made]
+        rows = [label for label in facts[eqn.outputs[0]].labels if label not in (Axis.PLAIN, Axis.UNIFORM)]
+        is_known = eqn.primitive in (*ELEMENTWISE, *SHAPE_ONLY, *REDUCTIONS)
+        return is_known and rows == [Axis.ROW] and all(kind is Kind.CONSTANT for kind in others)
 
     def members(self, pairing: int, outputs: Iterable[Value]) -> set[Equation]:
         """What the outputs need of the pairing, of those it absorbed, and of rows reduced from these on the way."""

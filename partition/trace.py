@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from partition.captured import Captured, fold, learn_captured
-from partition.errors import TraceError
+from partition.chunks import Chunks
+from partition.errors import PartitionError, TokenMixingError, TraceError
 from partition.evaluate import evaluate_tables, row_shape
 from partition.extras import split_extras
 from partition.forward import Forward
 from partition.jaxpr import Equation, Program, Value, trace
+from partition.join import join_chunks
 from partition.last_row import every_row
 from partition.rules import resized_params
 from partition.running_count import count_by_attention
@@ -25,6 +27,9 @@ from partition.skew import Skews, learn_skews
 from partition.structure import closure, producers
 
 _LARGEST_TRACE_ROWS = 1021
+# For models that take no other numbers of tokens than multiples of their chunks.
+_WHOLE_CHUNKS = (16, 128, 512)
+_LARGEST_WHOLE_ROWS = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,7 @@ class Traced:
     """The program at `rows` tokens. Every dimension equal to `rows` is the token axis or counts tokens.
 
     other_program, other_rows: the same model at another number of tokens.
+    chunk: `rows` is a prime number of so many tokens; 1, unless the model takes whole chunks only.
     learned: how the program is made of the model's own, at any number of tokens.
     counts: scalars that are a * (number of tokens) + b, as (a, b): the length of an axis.
     position_tables: values with a token axis that are looked up (say a captured `np.arange(T)`), for positions
@@ -51,6 +57,7 @@ class Traced:
     other_program: Program
     other_rows: int
     learned: Learned
+    chunk: int
     counts: Mapping[Value, tuple[int, int]]
     max_rows: int
     weights: tuple[Value, ...]
@@ -87,10 +94,7 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
       TraceError: not traceable, or no logits per token come out.
     """
     leaves = jax.tree_util.tree_leaves_with_path(forward.params)
-    sizes = _unlike_dimensions(forward.params, max_rows)
-    written = functools.cache(functools.partial(_as_written, forward))
-    learned = _learn(forward, written, sizes, max_rows)
-    program, other_program = (_made_plain(written(each), each, learned) for each in sizes)
+    chunk, sizes, learned, (program, other_program) = _trace_twice(forward, max_rows)
     rows, other_rows = sizes
     _check_output(program, rows)
     count = len(leaves)
@@ -99,6 +103,7 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
         rows=rows,
         other_program=other_program,
         other_rows=other_rows,
+        chunk=chunk,
         counts=_counts(program, rows, other_program, other_rows),
         max_rows=max_rows,
         weights=program.inputs[:count],
@@ -108,6 +113,24 @@ def trace_causal(forward: Forward, *, max_rows: int) -> Traced:
         learned=learned,
         position_tables=learned.captured.position_tables(program),
     )
+
+
+def _trace_twice(forward: Forward, max_rows: int) -> tuple[int, tuple[int, int], Learned, list[Program]]:
+    """The programs at two primes or, if these will not do, at a prime number of chunks of so many tokens."""
+    refusal: PartitionError | None = None
+    for chunk in (1, *_WHOLE_CHUNKS):
+        sizes = _unlike_dimensions(forward.params, max_rows, chunk)
+        if sizes is None:
+            break
+        try:
+            written = functools.cache(functools.partial(_as_written, forward))
+            learned = _learn(forward, written, sizes, max_rows)
+            return chunk, sizes, learned, [_made_plain(written(each), each, learned) for each in sizes]
+        except (TraceError, TokenMixingError) as error:
+            refusal = refusal or error
+    if refusal is None:
+        raise TraceError(f"max_model_len {max_rows} is too short to trace the model; at least 16 is needed")
+    raise refusal
 
 
 def trace_at(forward: Forward, rows: int, learned: Learned) -> Program:
@@ -129,13 +152,14 @@ def _learn(forward: Forward, written: Callable[[int], Program], sizes: Sequence[
 def _made_plain(program: Program, rows: int, learned: Learned) -> Program:
     """The model's own program with other operations in place of those that hide what they do to tokens."""
     program = learned.captured.resolved(fold(learned.skews.resolved(program, rows), rows), rows)
-    return split_extras(every_row(count_by_attention(program, rows), rows), rows)
+    program = join_chunks(count_by_attention(program, rows), rows)
+    return split_extras(every_row(program, rows), rows)
 
 
 def _as_written(forward: Forward, rows: int) -> Program:
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), forward.params)
     tokens = jax.ShapeDtypeStruct((1, rows), jnp.int32)
-    return trace(forward.fn, abstract, tokens, tokens, rows=rows)
+    return trace(forward.fn, abstract, tokens, tokens, rows=rows, judge=Chunks(rows))
 
 
 def _counts(program: Program, rows: int, other: Program, other_rows: int) -> dict[Value, tuple[int, int]]:
@@ -163,13 +187,15 @@ def depends_on_count(eqn: Equation) -> TraceError:
     )
 
 
-def _unlike_dimensions(params: Any, max_rows: int) -> tuple[int, int]:
-    """Two numbers of tokens to trace at."""
-    candidates = rows_unlike_dimensions(params, range(min(max_rows, _LARGEST_TRACE_ROWS), 6, -1))
+def _unlike_dimensions(params: Any, max_rows: int, chunk: int) -> tuple[int, int] | None:
+    """Two numbers of tokens to trace at: the largest primes, or the fewest chunks of so many tokens."""
+    if chunk == 1:
+        numbers = range(min(max_rows, _LARGEST_TRACE_ROWS), 6, -1)
+    else:
+        numbers = range(7, min(max_rows, _LARGEST_WHOLE_ROWS) // chunk + 1)
+    candidates = rows_unlike_dimensions(params, numbers)
     first, second = next(candidates, None), next(candidates, None)
-    if first is None or second is None:
-        raise TraceError(f"max_model_len {max_rows} is too short to trace the model; at least 16 is needed")
-    return first, second
+    return None if first is None or second is None else (first * chunk, second * chunk)
 
 
 def rows_unlike_dimensions(params: Any, candidates: Iterable[int]) -> Iterator[int]:

@@ -94,12 +94,12 @@ class _Plain:
 
     def __init__(self, plan: Plan, params: Any, ids: np.ndarray) -> None:
         self.plan = plan
-        traced = plan.analysis.traced.program
+        traced, chunk = plan.analysis.traced.program, plan.analysis.traced.chunk
         # The model is causal, so tokens behind the others change nothing.
         count, program = next(
-            (count, program)
-            for count in rows_unlike_dimensions(params, itertools.count(max(len(ids), 7)))
-            if len((program := trace_at(plan.forward, count, plan.analysis.traced.learned)).equations)
+            (chunk * count, program)
+            for count in rows_unlike_dimensions(params, itertools.count(max(-(-len(ids) // chunk), 7)))
+            if len((program := trace_at(plan.forward, chunk * count, plan.analysis.traced.learned)).equations)
             == len(traced.equations)
         )
         padded = jnp.asarray(np.pad(ids, (0, count - len(ids))))[None]

@@ -143,6 +143,28 @@ def softmax_off_by_one(q, k, v, positions):
     return _weigh(jax.nn.softmax(jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (1, 0))))[..., 1:], v)
 
 
+def softmax_off_by_one_added(q, k, v, positions):
+    """The same as 1 more in the sum of exponentials."""
+    weights = jnp.exp(_scores(q, k)) * _causal(q.shape[1])
+    return _weigh(weights / (1 + weights.sum(-1, keepdims=True)), v)
+
+
+def unequal_sinks(q, k, v, positions):
+    """Sinks of constant scores that differ by head, beside a soft cap and a window."""
+    scores = 5 * jnp.tanh(_scores(q, k) / 5)
+    distance = _distance(q.shape[1])
+    scores = jnp.where((distance >= 0) & (distance < 6), scores, -1e30)
+    column = jnp.broadcast_to(jnp.linspace(-2, 2, q.shape[2])[:, None, None], (*scores.shape[:3], 1))
+    return _weigh(jax.nn.softmax(jnp.concatenate([column, scores], -1))[..., 1:], v)
+
+
+def sinks_by_position(q, k, v, positions):
+    """A sink whose score grows with the query's position: no constant."""
+    scores = jnp.where(_causal(q.shape[1]), _scores(q, k), -jnp.inf)
+    column = jnp.broadcast_to(jnp.arange(q.shape[1])[:, None] / 9.0, (*scores.shape[:3], 1))
+    return _weigh(jax.nn.softmax(jnp.concatenate([column, scores], -1))[..., 1:], v)
+
+
 def sink_that_drops_the_last_key(q, k, v, positions):
     """The sink's column stays, in the place of the first key, and the last key is cut off."""
     scores = jnp.where(_causal(q.shape[1]), _scores(q, k), -jnp.inf)
