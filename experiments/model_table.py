@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
@@ -88,9 +89,29 @@ def _own(layers: int) -> tuple[Any, Any]:
     return build(config, rngs=nnx.Rngs(0)), None
 
 
+class _Scanned(nnx.Module):
+    """Layers of one kind with their weights stacked, run by nnx.scan."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        graph, _ = nnx.split(layers[0])
+        self.stacked = nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, layers)))
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """[B, T, hidden] -> [B, T, hidden]."""
+        over_layers = nnx.scan(lambda x, layer: layer(x, cos, sin), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return over_layers(x, self.stacked)
+
+
+def _own_scanned(layers: int) -> tuple[Any, Any]:
+    module, _ = _own(layers)
+    module.blocks = nnx.List([_Scanned(module.blocks)])
+    return module, None
+
+
 def _models() -> Iterator[tuple[str, str, Callable[[int], tuple[Any, Any]]]]:
     """(name, library, the model and its parameters by number of layers)."""
     yield "Llama", "this project's", _own
+    yield "Llama, layers by nnx.scan", "this project's", _own_scanned
     for name, (library, _) in third_party.MODELS.items():
         yield name, library, functools.partial(_third_party, name)
 

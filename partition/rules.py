@@ -20,7 +20,7 @@ Axes = tuple[int | None, ...]
 # fmt: off
 ELEMENTWISE = (
     "abs", "acos", "acosh", "add", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "clamp",
-    "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc",
+    "convert_element_type", "copy", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc",
     "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p",
     "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "real", "reduce_precision",
     "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
@@ -72,7 +72,7 @@ def axis_map(eqn: Equation) -> AxisMap:
     Raises:
       UnsupportedPrimitiveError: the table has no rule for the primitive.
     """
-    rule = _RULES.get(eqn.primitive)
+    rule = RULES.get(eqn.primitive)
     if rule is None and eqn.primitive == "pallas_call":
         raise UnsupportedPrimitiveError(
             f"a pallas kernel is called at {eqn.where}, which cannot be looked into; allowed: the XLA implementation "
@@ -86,7 +86,7 @@ def axis_map(eqn: Equation) -> AxisMap:
     if rule is None:
         raise UnsupportedPrimitiveError(
             f"primitive '{eqn.primitive}' at {eqn.where} has no rule, so it cannot be proven token-wise; "
-            f"allowed: {', '.join(sorted(_RULES))}"
+            f"allowed: {', '.join(sorted(RULES))}"
         )
     return rule(eqn)
 
@@ -318,7 +318,7 @@ def _iota(eqn: Equation) -> AxisMap:
     return AxisMap(to_output=tuple(() for _ in eqn.inputs))
 
 
-_RULES: dict[str, Callable[[Equation], AxisMap]] = {
+RULES: dict[str, Callable[[Equation], AxisMap]] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(("argmax", "argmin"), _arg_reduce),

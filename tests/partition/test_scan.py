@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import linen, nnx
 
 from cached_decoding import decode
 from partition import TokenMixingError, partition, prepare_weights
@@ -117,6 +117,40 @@ def test_stages_take_slices_of_stacked_weights_and_nothing_twice(name):
         sum(array.nbytes for array in prepared.values())
         == sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + tables
     )
+
+
+class NnxBlock(nnx.Module):
+    """MODEL's block with weights of its own."""
+
+    def __init__(self, weights):
+        self.weights = nnx.Dict({name: nnx.Param(leaf) for name, leaf in weights.items() if name != "extra"})
+
+    def __call__(self, x, positions):
+        return MODEL.block(x, {**{name: leaf[...] for name, leaf in self.weights.items()}, "extra": {}}, positions)
+
+
+class NnxScanned(nnx.Module):
+    """Layers stacked by nnx.vmap, and run by nnx.scan, checkpointed."""
+
+    def __init__(self):
+        params = _stacked(MODEL.params())
+        self.embed = nnx.Param(params["embed"])
+        self.layers = nnx.vmap(NnxBlock)({name: leaf for name, leaf in params["layers"].items() if name != "extra"})
+
+    def __call__(self, tokens, positions):
+        step = nnx.remat(lambda x, layer, positions: layer(x, positions))
+        over_layers = nnx.scan(step, in_axes=(nnx.Carry, 0, None), out_axes=nnx.Carry)
+        return over_layers(self.embed[...][tokens], self.layers, positions) @ self.embed[...].T
+
+
+def test_layers_scanned_by_nnx_decode_as_the_layers_written_out():
+    plan = partition(NnxScanned(), max_rows=64)
+    assert [site.spec is not None for site in plan.sites] == [True] * 3
+    assert (plan.num_dense_executables, plan.num_attention_executables) == (3, 1)
+    tokens = np.random.default_rng(3).integers(0, MODEL.vocab, 12)
+    (found,) = decode(plan, plan.forward.params, [tokens])
+    expected = np.asarray(MODEL(MODEL.params(), jnp.asarray(tokens)[None], jnp.arange(12)[None])[0])
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_executables_of_scanned_layers_do_not_grow_with_depth():
