@@ -80,6 +80,21 @@ def test_mixing_outside_attention_is_refused_with_primitive_and_line(name):
     assert "test_refusals.py:" in str(caught.value)
 
 
+def test_learned_rows_before_the_tokens_are_refused():
+    """Soft prompts; as learned keys and values of each layer they are accepted."""
+    model = SmallModel()
+    params = {**model.params(), "prompt": jnp.ones((1, 5, model.hidden))}
+
+    def prompted(params, tokens):
+        x = jnp.concatenate([params["prompt"], params["embed"][tokens]], axis=1)
+        for layer in params["layers"]:
+            x = model.block(x, layer, jnp.arange(x.shape[1])[None])
+        return x[:, 5:] @ params["embed"].T
+
+    with pytest.raises(TokenMixingError, match=r"'concatenate' of \(1, 5, 24\).*test_refusals.py:\d+"):
+        make_plan(prompted, params, max_rows=64)
+
+
 def test_refusal_of_a_site_names_the_line_that_opens_it():
     model = SmallModel(attention=functools.partial(softmax_attention, mask_value=-10.0))
     with pytest.raises(UnsupportedSiteError, match=r"small_model\.py:\d+"):
