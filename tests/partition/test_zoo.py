@@ -64,6 +64,8 @@ ACCEPTED = {
     "every expert": (SmallModel(mix=experts.dense), 2, True),
     "experts, sorted and unsorted": (SmallModel(mix=experts.sorted_and_unsorted), 2, True),
     "experts, sorted and added": (SmallModel(mix=experts.sorted_and_added), 2, True),
+    "experts, sorted unstably": (SmallModel(mix=experts.sorted_unstably), 2, True),
+    "experts, one after the other": (SmallModel(mix=experts.one_after_the_other), 2, True),
     "one expert, by argmax": (SmallModel(mix=experts.top_one), 2, True),
 }
 
@@ -121,6 +123,7 @@ def test_attention_that_is_not_exactly_causal_is_refused(name):
 
 MIXED_BY_EXPERTS = {
     "limited capacity": (experts.limited_capacity, "'cumsum'.*experts of limited capacity let tokens compete"),
+    "choices flattened before tokens": (experts.choice_major, "'reshape'.*token-wise"),
     "load": (experts.balanced, "uses how many tokens chose each expert"),
     "never unsorted": (experts.never_unsorted, "'reshape'.*token-wise"),
     "other group sizes": (experts.other_counts, "'ragged_dot_general'.*uses how many tokens"),

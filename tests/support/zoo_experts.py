@@ -56,6 +56,38 @@ def sorted_and_added(x):
     return x + jnp.zeros_like(rows).at[order // CHOSEN].add(out).reshape(x.shape)
 
 
+def sorted_unstably(x):
+    """Entries of one expert in any order."""
+    rows = x.reshape(-1, HIDDEN)
+    weights, index = _route(rows)
+    flat = index.reshape(-1)
+    order = jnp.argsort(flat, stable=False)
+    out = _experts(rows[order // CHOSEN], jnp.bincount(flat, length=EXPERTS))
+    out = out[jnp.argsort(order, stable=False)].reshape(-1, CHOSEN, HIDDEN)
+    return x + (out * weights[..., None]).sum(1).reshape(x.shape)
+
+
+def one_after_the_other(x):
+    """A loop over the experts, each for every token, weighed by 0 where it was not chosen."""
+    weights, index = _route(x)
+    w = _weights()
+    for expert in range(EXPERTS):
+        gate = (weights * (index == expert)).sum(-1, keepdims=True)
+        x = x + gate * (jax.nn.silu(x @ w["up"][expert]) @ w["down"][expert])
+    return x
+
+
+def choice_major(x):
+    """All first choices before all second ones, [k, T] flattened: not followed yet."""
+    rows = x.reshape(-1, HIDDEN)
+    weights, index = _route(rows)
+    flat = index.T.reshape(-1)
+    order = jnp.argsort(flat)
+    out = _experts(rows[order % len(rows)], jnp.bincount(flat, length=EXPERTS))
+    out = out[jnp.argsort(order)].reshape(CHOSEN, -1, HIDDEN)
+    return x + (out * weights.T[..., None]).sum(0).reshape(x.shape)
+
+
 def top_one(x):
     """One expert per token, chosen by argmax, taken with jnp.take."""
     rows = x[0]
