@@ -29,6 +29,7 @@ _MODEL = flags.DEFINE_string("model", "random:tiny", "As for hetero-jax generate
 _INPUT = flags.DEFINE_string("input", None, "As for hetero-jax generate; default: --rows random prompts.")
 _ROWS = flags.DEFINE_integer("rows", 150, "Rows of a job without --input.", lower_bound=1)
 _WORKERS = flags.DEFINE_integer("workers", 2, "Worker processes; 0: the engine keeps its attention.", lower_bound=0)
+_KV_CACHE_BYTES = flags.DEFINE_string("kv_cache_bytes", "4M", "Of each worker.")
 _POINTS = flags.DEFINE_integer("points", 50, "Faults in all.", lower_bound=0)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Tokens of a row.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the prompts, the faults and their moments.")
@@ -41,8 +42,12 @@ class Worker:
     def __init__(self) -> None:
         self.address = "127.0.0.1:0"
         self._start()
+
+    def listen(self) -> str:
+        """Its address, once it listens."""
         assert self._process.stdout is not None
         self.address = self._process.stdout.readline().decode().removeprefix("listening on ").strip()
+        return self.address
 
     def kill(self, chance: random.Random) -> None:
         """SIGKILL, and a new process."""
@@ -62,7 +67,8 @@ class Worker:
         self._process.wait()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "hetero_jax", "worker", f"--listen={self.address}", "--kv_cache_bytes=4M"]
+        command = [sys.executable, "-m", "hetero_jax", "worker", f"--listen={self.address}"]
+        command += [f"--kv_cache_bytes={_KV_CACHE_BYTES.value}"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
@@ -115,13 +121,13 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder) / "cache"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         source = Path(_INPUT.value) if _INPUT.value is not None else _write_prompts(Path(folder) / "prompts.jsonl")
-        undisturbed = Job(source, Path(folder) / "undisturbed.jsonl", [])
-        code, expected = undisturbed.finish(), undisturbed.rows()
-        if code == 1:
-            print(f"the undisturbed run failed: {undisturbed.log()}")
-            return 1
         workers = [Worker() for _ in range(_WORKERS.value)]
         try:
+            undisturbed = Job(source, Path(folder) / "undisturbed.jsonl", [])
+            code, expected = undisturbed.finish(), undisturbed.rows()
+            if code == 1:
+                print(f"the undisturbed run failed: {undisturbed.log()}")
+                return 1
             problems = _disturb_often(Path(folder), source, expected, code, workers)
         finally:
             for worker in workers:
@@ -149,7 +155,7 @@ def _disturb_often(folder: Path, source: Path, expected: Counter[bytes], code: i
     chance, done, files = random.Random(_SEED.value), Counter[str](), 0
     options = []
     if workers:
-        (folder / "workers").write_text("".join(f"{worker.address}\n" for worker in workers))
+        (folder / "workers").write_text("".join(f"{worker.listen()}\n" for worker in workers))
         options = [f"--workers_file={folder / 'workers'}", "--worker_wait_s=120"]
     problems: list[str] = []
     start_s = time.monotonic()
