@@ -25,7 +25,7 @@ from absl import app, flags
 from flax import nnx
 
 import hetero_jax as hj
-from experiments import third_party
+from experiments import scanned_model, third_party
 from experiments.markdown import print_header, print_row
 
 _OUTPUT = flags.DEFINE_string("output", None, "File to write; default: print.")
@@ -108,9 +108,25 @@ def _own_scanned(layers: int) -> tuple[Any, Any]:
     return module, None
 
 
+# Other families of this project's models, by the names of their small shapes.
+_FAMILIES = {"GPT-2": "tiny-gpt2", "Gemma 2": "tiny-gemma-2"}
+
+
+def _family(shape: str, layers: int) -> tuple[Any, Any]:
+    loaded = hj.load(f"random:{shape}")
+    config: Any = loaded.config
+    types = getattr(config, "layer_types", None)
+    repeated = {} if types is None else {"layer_types": (types * layers)[:layers]}
+    build: Any = type(loaded.module)
+    return build(dataclasses.replace(config, num_hidden_layers=layers, **repeated), rngs=nnx.Rngs(0)), None
+
+
 def _models() -> Iterator[tuple[str, str, Callable[[int], tuple[Any, Any]]]]:
     """(name, library, the model and its parameters by number of layers)."""
     yield "Llama", "this project's", _own
+    for name, shape in _FAMILIES.items():
+        yield name, "this project's", functools.partial(_family, shape)
+    yield "layers by linen.scan", "flax", scanned_model.build
     yield "Llama, layers by nnx.scan", "this project's", _own_scanned
     for name, (library, _) in third_party.MODELS.items():
         yield name, library, functools.partial(_third_party, name)

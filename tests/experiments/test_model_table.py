@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from experiments import model_table
 
 
@@ -11,3 +13,9 @@ def test_a_deeper_model_has_as_many_executables_and_more_sites():
     assert few.executables == many.executables == "3 + 1"
     assert 0 < few.error < 1e-5
     assert model_table._row("Llama", "ours", few, many)[:6] == ("Llama", "ours", 2, 2, "3 + 1", "3 + 1")
+
+
+def test_every_model_has_its_row_in_the_documentation():
+    table = (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ")[:2] for line in table if line.startswith("| ")][2:]
+    assert rows == [[name, library] for name, library, _ in model_table._models()]
