@@ -609,7 +609,8 @@ static void find_head(const Call& c, const Tile& tile, int head, HeadTile* in) {
 }
 
 static void list(const Call& c, const Tile& tile, const HeadTile& in, int head, Ahead* ahead) {
-  if (c.page_blocks == kTileBlocks) return ahead->add(tile.at[0] + head * c.head_bytes, c.head_bytes);  // the usual case
+  if (c.page_blocks == kTileBlocks && tile.count == kTileBlocks)  // the usual case
+    return ahead->add(tile.at[0] + head * c.head_bytes, c.head_bytes);
   if (c.kv == KvType::kI8) {
     for (int b = 0; b < tile.count; ++b) ahead->add((const char*)in.k_scale[b], kBlock * sizeof(float));
     for (int b = 0; b < tile.count; ++b) ahead->add((const char*)in.v_scale[b], kBlock * sizeof(float));
