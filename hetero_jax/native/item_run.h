@@ -220,7 +220,7 @@ class ItemRun {
     if (c.window)
       while (begin < end && tile.start[begin] + tile.tokens[begin] <= lowest - c.window + 1) ++begin;
     if (begin == end) return;
-    for_parts(count, [&](auto size, int m) {
+    for_parts<T>(count, [&](auto size, int m) {
       constexpr int MR = decltype(size)::value;
       scores_of<T, MR, key_blocks_of(MR)>(c, in, begin, end, state.q + (m0 + m) * query_length<T>(c),
                                           scores + m * kTile, m0 + m == 0 ? &ahead : nullptr);
@@ -230,7 +230,7 @@ class ItemRun {
     for (int m = 0; m < count; ++m)
       softmax_row<T>(c, tile, in, begin, end, state.vector[m0 + m], scores + m * kTile, weights + m * kWeights, &sums, m,
                      &ahead);
-    for_parts(count, [&](auto size, int m) {
+    for_parts<T>(count, [&](auto size, int m) {
       constexpr int MR = decltype(size)::value;
       values_of<T, MR, columns_of(MR) / T::kAccRegisters>(c, in, begin, end, 0, weights + m * kWeights, sums.unit + m,
                                                           tile_values + m * c.v_pad, m0 + m == 0 ? &ahead : nullptr);

@@ -185,7 +185,8 @@ static void values_of(const Call& c, const HeadTile& in, int begin, int end, int
   }
 }
 
-// Calls f(Size, first vector) over parts of nearly equal size, at most kMaxVectors each.
+// Calls f(Size, first vector) over parts of nearly equal size, as many vectors each at most as T's registers hold: those
+// of fixed-point numbers are two operands each.
 template <int N, class F>
 HJ_INLINE void with_size(int size, F&& f) {
   if constexpr (N > 1) {
@@ -193,12 +194,13 @@ HJ_INLINE void with_size(int size, F&& f) {
   }
   f(Size<N>{});
 }
-template <class F>
+template <class T, class F>
 HJ_INLINE void for_parts(int vectors, F&& f) {
-  const int parts = (vectors + kMaxVectors - 1) / kMaxVectors;
+  constexpr int kMost = T::kFixedPoint ? kMaxVectors * 2 / 3 : kMaxVectors;
+  const int parts = (vectors + kMost - 1) / kMost;
   for (int part = 0; part < parts; ++part) {
     const int begin = vectors * part / parts, end = vectors * (part + 1) / parts;
-    with_size<kMaxVectors>(end - begin, [&](auto size) { f(size, begin); });
+    with_size<kMost>(end - begin, [&](auto size) { f(size, begin); });
   }
 }
 
