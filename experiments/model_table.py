@@ -109,7 +109,14 @@ def _own_scanned(layers: int) -> tuple[Any, Any]:
 
 
 # Other families of this project's models, by the names of their small shapes.
-_FAMILIES = {"GPT-2": "tiny-gpt2", "Gemma 2": "tiny-gemma-2"}
+_FAMILIES = {
+    "GPT-2": "tiny-gpt2",
+    "GPT-NeoX": "tiny-gpt-neox",
+    "Gemma 2": "tiny-gemma-2",
+    "Gemma 3": "tiny-gemma-3",
+    "Qwen3-MoE": "tiny-qwen3-moe",
+    "Mixtral": "tiny-mixtral",
+}
 
 
 def _family(shape: str, layers: int) -> tuple[Any, Any]:
