@@ -176,7 +176,7 @@ class _KernelChoice:
 
     def _warn(self, message: str) -> None:
         if self.device.platform == "cpu":
-            warnings.warn(message, stacklevel=6)
+            warnings.warn(message, stacklevel=8)
 
 
 class _SpecKernel:

@@ -54,9 +54,10 @@ def test_attention_that_no_kernel_knows_is_announced_once_and_generates_the_same
     model = SmallModel(attention=sigmoid)
     plan = hj.partition(model, model.params(dtype=dtype), max_rows=64)
     with pytest.warns(
-        UserWarning, match=r"zoo_attention\.py:\d+.*own traced operations.*a single key's output"
+        UserWarning, match=r"zoo_attention\.py:\d+.*own traced operations.*output for a single key"
     ) as said:
         engine = hj.Engine(plan, CONFIG)
+    assert said[0].filename == __file__  # whose line it was
     assert len(said) == len({site.key for site in plan.sites})  # the first layer of a bfloat16 model has other types
     prompts = [[1, 2, 3], list(range(20)), [30]]
     for completion in engine.generate(prompts, hj.SamplingParams(max_tokens=6, temperature=0)):
