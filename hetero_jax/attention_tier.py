@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.described_site import DescribedSite
 from hetero_jax.devices import are_ready, land, start_copy
 from hetero_jax.errors import ConfigError
+from hetero_jax.exported_attention import ExportedAttention
+from hetero_jax.exported_site import ExportedSite
 from hetero_jax.tracing import TIER2, Trace
 from partition import PlannedSite, Value
 
@@ -55,7 +58,7 @@ class AttentionTier:
 
     def __init__(
         self,
-        sites: Sequence[PlannedSite | DescribedSite],
+        sites: Sequence[PlannedSite | DescribedSite | ExportedSite],
         weights: Mapping[Value, jax.Array],
         *,
         kv_cache_bytes: int,
@@ -153,7 +156,9 @@ class _KernelChoice:
         self.dtype, self.device = jnp.dtype(dtype), device
         self.why_not_native = native_attention.refusal(dtype=dtype, device=device)
 
-    def __call__(self, site: PlannedSite | DescribedSite) -> SiteKernel:
+    def __call__(self, site: PlannedSite | DescribedSite | ExportedSite) -> SiteKernel:
+        if isinstance(site, ExportedSite):
+            return _ExportedKernel(site.attention, self.device)
         if isinstance(site, PlannedSite) and site.spec is None:
             return self._traced(site)
         if self.why_not_native is None:
@@ -228,6 +233,24 @@ class _TracedKernel:
         return traced_attention.make_pool(
             self._site, num_pages=num_pages, page_size=page_size, dtype=self._dtype, device=self._device
         )
+
+    def needed_layout(self, layout: AttentionLayout) -> AttentionLayout:
+        return layout
+
+
+class _ExportedKernel:
+    """The same by programs of an engine elsewhere, which fix the page size and the element type."""
+
+    def __init__(self, programs: ExportedAttention, device: Any) -> None:
+        self._arrays, self._device = programs.pool, device
+        self.attend = programs.attend
+
+    def page_bytes(self, *, page_size: int) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._arrays)
+
+    def make_pool(self, *, num_pages: int, page_size: int) -> Any:
+        with jax.default_device(self._device):
+            return tuple(jnp.zeros((num_pages, *shape), dtype) for shape, dtype in self._arrays)
 
     def needed_layout(self, layout: AttentionLayout) -> AttentionLayout:
         return layout

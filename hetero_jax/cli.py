@@ -151,6 +151,8 @@ def _worker_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("listen", "127.0.0.1:7000", text, flag_values=values)
     _kv_cache_flag(values)
     _secret_flag(values)
+    text = "Run programs of the engine for attention that has no kernel; needs a secret."
+    flags.DEFINE_bool("allow_exported_sites", False, text, flag_values=values)
     flags.DEFINE_string("tls_cert", None, "PEM file of this worker's certificate: TLS.", flag_values=values)
     flags.DEFINE_string("tls_key", None, "PEM file of its key.", flag_values=values)
     text = "Started by an engine: the secret comes on standard input, whose end ends the worker."
@@ -232,7 +234,7 @@ def _rounding_on_the_wire(config: dict[str, Any], dtype: str) -> dict[str, str]:
 def _worker(values: dict[str, Any]) -> int:
     kv_cache_bytes = parse_bytes(values["kv_cache_bytes"])
     secret = follow_supervisor(sys.stdin.buffer) if values["supervised"] else read_secret(values["secret_file"])
-    options = {name: values[name] for name in ("listen", "tls_cert", "tls_key")}
+    options = {name: values[name] for name in ("listen", "allow_exported_sites", "tls_cert", "tls_key")}
     server = make_server(kv_cache_bytes=kv_cache_bytes, secret=secret, **options)
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not for tier 2
     print("listening on {}:{}".format(*server.address), flush=True)

@@ -55,7 +55,8 @@ class LocalWorker:
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "hetero_jax", "worker", "--supervised", "--listen=127.0.0.1:0"]
         process = subprocess.Popen(
-            [*command, f"--kv_cache_bytes={self._kv_cache_bytes}"],
+            # Nobody else has the secret, so all programs that come are those of this process.
+            [*command, f"--kv_cache_bytes={self._kv_cache_bytes}", "--allow_exported_sites"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "JAX_PLATFORMS": "cpu"},

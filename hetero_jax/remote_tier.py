@@ -12,12 +12,13 @@ import numpy as np
 
 from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.devices import start_copy
+from hetero_jax.joined_rows import JoinedRows
 from hetero_jax.rows import select
 from hetero_jax.tracing import Trace
 from hetero_jax.wire import from_wire, to_wire, wired_shape
 from hetero_jax.worker_fleet import WorkerFleet
 from hetero_jax.worker_session import Call, Share, WorkerSession
-from partition import PlannedSite
+from partition import PlannedSite, Port
 
 
 class Leaving(NamedTuple):
@@ -27,14 +28,22 @@ class Leaving(NamedTuple):
     dtype: Any
 
 
+class _Joined(NamedTuple):
+    """Rows of a site without a kernel, one way and the other."""
+
+    sent: JoinedRows
+    answered: JoinedRows
+
+
 class PendingRows:
-    """The answer of a call that is on its way. dtype: of the rows once they are here."""
+    """The answer of a call that is on its way. dtype: that the query's rows had before it."""
 
     def __init__(
-        self, parts: Sequence[tuple[np.ndarray, Call]], shape: tuple[int, ...], wired: Any, dtype: Any
+        self, site: int, parts: Sequence[tuple[np.ndarray, Call]], shape: tuple[int, ...], wired: Any, dtype: Any
     ) -> None:
-        """parts: rows of each worker's call, and that; shape: [R, heads, v_head_dim] of dtype `wired`."""
-        self._parts, self._shape, self._wired, self.dtype = parts, shape, wired, dtype
+        """parts: rows of each worker's call, and that; shape: [R, ...] of dtype `wired`."""
+        self.site, self.dtype = site, dtype
+        self._parts, self._shape, self._wired = parts, shape, wired
 
     def is_ready(self) -> bool:
         """Whether all is there."""
@@ -47,7 +56,7 @@ class PendingRows:
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """Waits for [R, heads, v_head_dim] as wired.
+        """Waits for [R, ...] as wired.
 
         Raises:
           WorkerError: a worker failed without being lost.
@@ -85,7 +94,12 @@ class RemoteTier:
         self._tier1, self._wire_dtype = tier1, wire_dtype
         self.waited_s = 0.0
         self._host = jax.local_devices(backend="cpu")[0]
-        self._out_shapes = [(site.spec.num_heads, site.spec.v_head_dim) for site in sites if site.spec is not None]
+        self._sites = tuple(sites)
+        self._joined = {
+            number: _Joined(self._rows([site.inputs[index] for index in site.sent]), self._rows(site.outputs))
+            for number, site in enumerate(sites)
+            if site.spec is None
+        }
 
     @property
     def place(self) -> str:
@@ -118,14 +132,21 @@ class RemoteTier:
         return [Leaving(wired=array, dtype=row.dtype) for array, row in zip(wired, arrays, strict=True)]
 
     def attend(self, site: int, layouts: Sequence[Share], inputs: Sequence[Leaving]) -> PendingRows:
-        """Send the rows of q, k and v, or of q alone where the site shares a pool; `fetch` waits for the answers."""
+        """Send the rows of q, k and v, of q alone where the site shares a pool, or all as one where it has no kernel.
+
+        `fetch` waits for the answers.
+        """
         arrays = [np.asarray(each.wired) for each in inputs]
-        shape = wired_shape((len(arrays[0]), *self._out_shapes[site]), self._wire_dtype)
+        spec = self._sites[site].spec
+        if spec is None:
+            arrays, shape = [self._joined[site].sent.join(arrays)], (self._joined[site].answered.num_bytes,)
+        else:
+            shape = wired_shape((spec.num_heads, spec.v_head_dim), self._wire_dtype)
         calls = [
-            (share.rows, share.session.attend(site, share, [share.take(array) for array in arrays], shape[1:]))
+            (share.rows, share.session.attend(site, share, [share.take(array) for array in arrays], shape))
             for share in layouts
         ]
-        return PendingRows(calls, shape, arrays[0].dtype, inputs[0].dtype)
+        return PendingRows(site, calls, (len(arrays[0]), *shape), arrays[0].dtype, inputs[0].dtype)
 
     def is_ready(self, pending: PendingRows) -> bool:
         """Whether the answers are there."""
@@ -141,11 +162,21 @@ class RemoteTier:
         return max((each.wire_s + each.tier2_s for each in times), default=0.0)
 
     def fetch(self, pending: PendingRows) -> tuple[jax.Array, ...]:
-        """[R, heads, v_head_dim] on tier 1, in the dtype that q had there."""
+        """[R, *inner] of each of the site's outputs on tier 1, those of a kernel in the dtype that q had there."""
         begin_s = time.monotonic()
         rows = pending.rows
         self.waited_s += time.monotonic() - begin_s
-        return from_wire([jax.device_put(rows, self._tier1)], pending.dtype)
+        site = self._sites[pending.site]
+        if site.spec is not None:
+            return from_wire([jax.device_put(rows, self._tier1)], pending.dtype)
+        arrays = self._joined[pending.site].answered.split(rows)
+        return tuple(
+            jax.device_put(array, self._tier1).astype(port.value.dtype)
+            for array, port in zip(arrays, site.outputs, strict=True)
+        )
+
+    def _rows(self, ports: Sequence[Port]) -> JoinedRows:
+        return JoinedRows.of([(port.layout.inner, port.value.dtype) for port in ports], self._wire_dtype)
 
     def _share(self, session: WorkerSession, layout: AttentionLayout, chosen: np.ndarray) -> Share:
         rows, part = select(layout, chosen, num_pages=session.num_pages, page_size=self._page_size)

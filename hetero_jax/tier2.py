@@ -50,11 +50,19 @@ def make_tier2(
 def _make_fleet(
     config: EngineConfig, plan: Plan, weights: Mapping[Value, jax.Array], *, dtype: Any, max_model_len: int
 ) -> WorkerFleet:
-    sites = describe(plan.sites, weights, page_size=config.page_size, dtype=dtype)
+    shape = {"page_size": config.page_size, "dtype": dtype, "wire_dtype": config.wire_dtype}
+    sites, artifacts = describe(plan.sites, weights, **shape)
+    identity = fingerprint(sites, artifacts)
     most_pages = config.max_num_seqs * pages_for(max_model_len, config.page_size)
 
     def begin(address: str, secret: bytes | None, tls: ssl.SSLContext | None = None) -> WorkerSession:
-        hello = Hello(fingerprint=fingerprint(sites), generation=time.time_ns(), page_budget=most_pages, sites=sites)
+        hello = Hello(
+            fingerprint=identity,
+            generation=time.time_ns(),
+            page_budget=most_pages,
+            sites=sites,
+            artifacts=artifacts,
+        )
         return WorkerSession(address, hello, secret, tls, step_timeout_s=config.step_timeout_s)
 
     secret, tls = read_secret(config.secret_file), engine_tls(config.tls_ca)

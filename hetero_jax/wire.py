@@ -1,4 +1,7 @@
-"""Rows as they travel between engine and worker: in bfloat16, float32, or int8 with a scale for each row and head."""
+"""Rows as they travel between engine and worker: in bfloat16, float32, or int8 with a scale for each row and head.
+
+What is counted or flagged (ids, padding), as sites without a kernel may take it, travels as it is.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ _MOST = 127
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def to_wire(rows: Sequence[jax.Array], dtype: str) -> tuple[jax.Array, ...]:
-    """Arrays [R, heads, dim] of floats as they travel.
+    """Arrays as they travel: [R, heads, dim] of floats; for a float `dtype` [R, ...] of anything.
 
     Returns:
       [R, heads, dim] bfloat16 or float32; or [R, heads, dim + 4] int8: numbers in [-127, 127] and then the four bytes
       of a float32, a 127th of the head's largest magnitude, which they are to be multiplied by.
     """
-    return tuple(_quantised(array) if dtype == "int8" else array.astype(dtype) for array in rows)
+    return tuple(_wired(array, dtype) for array in rows)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -40,6 +43,12 @@ def from_wire(rows: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
 def wired_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
     """Of what `to_wire` makes of an array of this shape."""
     return (*shape[:-1], shape[-1] + _SCALE_BYTES) if dtype == "int8" else shape
+
+
+def _wired(rows: jax.Array, dtype: str) -> jax.Array:
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        return rows
+    return _quantised(rows) if dtype == "int8" else rows.astype(dtype)
 
 
 def _quantised(rows: jax.Array) -> jax.Array:

@@ -12,9 +12,10 @@ import numpy as np
 
 from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.attention_tier import AttentionTier
-from hetero_jax.described_site import read_description
+from hetero_jax.described_site import DescribedSite, read_descriptions
 from hetero_jax.endpoint import split_address, worker_tls
 from hetero_jax.errors import ConfigError
+from hetero_jax.exported_site import ExportedSite
 from hetero_jax.wire import WIRE_DTYPES, from_wire, to_wire
 from transport import Attend, Handler, Hello, Layout, Release, Result, WorkerServer
 from transport.errors import RefusedError
@@ -27,11 +28,14 @@ class TierHandler(Handler):
 
     Args:
       kv_cache_bytes: memory of all pools; a session takes as much of it as it can use.
+      allow_exported_sites: run programs of the engine for attention that has no kernel; only where engines prove
+        themselves by a secret.
     """
 
-    def __init__(self, *, kv_cache_bytes: int) -> None:
-        self._kv_cache_bytes = kv_cache_bytes
+    def __init__(self, *, kv_cache_bytes: int, allow_exported_sites: bool = False) -> None:
+        self._kv_cache_bytes, self._allow_exported_sites = kv_cache_bytes, allow_exported_sites
         self._tier: AttentionTier | None = None
+        self._sites: list[DescribedSite | ExportedSite] = []
         self._layouts: dict[int, Any] = {}  # by slot, where the sites of the tier need them
 
     def hello(self, hello: Hello) -> Hello:
@@ -53,22 +57,19 @@ class TierHandler(Handler):
         assert self._tier is not None, "attends follow a hello"
         if not 0 <= attend.site < self._tier.num_sites:
             raise ConfigError(f"site {attend.site}; allowed: below {self._tier.num_sites}")
-        rows_sent = [array for array in (attend.q, attend.k, attend.v) if array is not None]
-        allowed = 1 if self._tier.shares_pool[attend.site] else 3
-        if len(rows_sent) != allowed:
-            what = "q alone, as an earlier site keeps k and v" if allowed == 1 else "q, k and v"
-            raise ConfigError(f"{len(rows_sent)} arrays of rows for site {attend.site}; allowed: {what}")
+        site = self._sites[attend.site]
+        rows_sent = self._rows_sent(attend)
         if attend.layout not in self._layouts:
             raise ConfigError(f"an attend with layout {attend.layout}; allowed: one that was sent before")
         began_ns = time.monotonic_ns()
         wired = [jax.device_put(array, self._tier.device) for array in rows_sent]
-        dtype = wired[0].dtype.name
+        dtype = site.wire_dtype if isinstance(site, ExportedSite) else wired[0].dtype.name
         if dtype not in WIRE_DTYPES:
             raise ConfigError(f"rows of {dtype}; allowed: {', '.join(WIRE_DTYPES)}")
         rows = from_wire(wired, "float32") if dtype == "int8" else wired
         out = self._tier.attend(attend.site, self._layouts[attend.layout], rows)
-        (answer,) = to_wire(out, dtype)
-        found = np.asarray(answer)
+        answers = [np.asarray(answer) for answer in to_wire(out, dtype)]
+        found = site.answered.join(answers) if isinstance(site, ExportedSite) else answers[0]
         return Result(request_id=attend.request_id, out=found, began_ns=began_ns, ended_ns=time.monotonic_ns())
 
     def release(self, release: Release) -> None:
@@ -78,8 +79,21 @@ class TierHandler(Handler):
         """As Handler: bytes of the pools."""
         return {"pool_bytes": 0 if self._tier is None else self._tier.pool_bytes}
 
+    def _rows_sent(self, attend: Attend) -> list[np.ndarray]:
+        assert self._tier is not None, "attends follow a hello"
+        site = self._sites[attend.site]
+        arrays = [array for array in (attend.q, attend.k, attend.v) if array is not None]
+        is_joined = isinstance(site, ExportedSite)
+        allowed = 1 if is_joined or self._tier.shares_pool[attend.site] else 3
+        if len(arrays) != allowed:
+            why = "they travel as one" if is_joined else "an earlier site keeps k and v"
+            what = f"q alone, as {why}" if allowed == 1 else "q, k and v"
+            raise ConfigError(f"{len(arrays)} arrays of rows for site {attend.site}; allowed: {what}")
+        return site.received.split(arrays[0]) if isinstance(site, ExportedSite) else arrays
+
     def _make_tier(self, hello: Hello) -> AttentionTier:
-        sites = [read_description(site) for site in hello.sites]
+        allow = self._allow_exported_sites
+        self._sites = sites = read_descriptions(hello.sites, hello.artifacts, allow_exported_sites=allow)
         kinds = {(site.page_size, site.kv_cache_dtype) for site in sites}
         if len(kinds) != 1:
             raise ConfigError(f"page sizes and dtypes of the sites: {sorted(kinds)}; allowed: one, the same for all")
@@ -112,6 +126,7 @@ def make_server(
     listen: str,
     kv_cache_bytes: int,
     secret: bytes | None = None,
+    allow_exported_sites: bool = False,
     tls_cert: str | None = None,
     tls_key: str | None = None,
 ) -> WorkerServer:
@@ -119,12 +134,15 @@ def make_server(
 
     Args:
       listen: HOST:PORT, the host in numbers; port 0: any free one.
+      allow_exported_sites: as of TierHandler.
       tls_cert, tls_key: PEM files; None: no TLS.
     Raises:
-      ConfigError: no address, or a certificate without its key.
+      ConfigError: no address, a certificate without its key, or exported sites without a secret.
       TransportError: not loopback and no secret, or a secret that is too short.
       OSError: the address or a file cannot be used.
     """
     host, port = split_address(listen)
-    handler = TierHandler(kv_cache_bytes=kv_cache_bytes)
+    if allow_exported_sites and secret is None:
+        raise ConfigError("allow_exported_sites without a secret; allowed: with one, which proves who sends programs")
+    handler = TierHandler(kv_cache_bytes=kv_cache_bytes, allow_exported_sites=allow_exported_sites)
     return WorkerServer(handler, host, port, secret=secret, tls=worker_tls(tls_cert, tls_key))

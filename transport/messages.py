@@ -24,7 +24,7 @@ class Hello:
       refuses one that is not larger than the last of the same plan.
     page_budget: pages per site that the engine wants, or that the worker grants.
     sites: per attention site, its description by name (heads, head_dim, scale, ...).
-    artifacts: uint8 programs that descriptions refer to by index.
+    artifacts: programs (uint8) and weights that descriptions refer to by index.
     """
 
     protocol_version: int = PROTOCOL_VERSION
@@ -53,7 +53,8 @@ class Attend:
 
     layout: slot of the call's Layout, which all sites of a microbatch share.
     q: [rows, heads, head_dim]; k: [rows, kv_heads, head_dim]; v: [rows, kv_heads, v_head_dim], in the wire's dtype.
-      Without k and v, attend over what is cached.
+      Without k and v, attend over what is cached; or, for a site that came as a program, [rows, bytes] uint8 of all
+      that it takes.
     """
 
     request_id: int
@@ -68,7 +69,8 @@ class Attend:
 class Result:
     """Answer to an Attend.
 
-    out: [rows, heads, v_head_dim]; log_sum_exp: [rows, heads], where parts will be merged.
+    out: [rows, heads, v_head_dim], or [rows, bytes] uint8 of a program.
+    log_sum_exp: [rows, heads], where parts will be merged.
     began_ns, ended_ns: of the worker's work, by its own clock.
     """
 

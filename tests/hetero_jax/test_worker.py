@@ -14,7 +14,6 @@ import hetero_jax as hj
 from certificate import loopback_certificate
 from golden import first_difference, golden_rows
 from hetero_jax.cli import main
-from hetero_jax.errors import ConfigError
 from small_model import SmallModel
 from worker_process import worker_process
 from zoo_attention import SharedKeysModel
@@ -68,15 +67,6 @@ def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret
     assert engine.stats.pages_total == sum((memory << 20) // page_bytes for memory in memories)
 
 
-def _greedy(model: SmallModel, params, prompt, count: int) -> list[int]:
-    """The plain forward pass over all tokens so far, again and again."""
-    tokens, forward = np.zeros((1, 32), np.int32), jax.jit(model.__call__)
-    tokens[0, : len(prompt)] = prompt
-    for at in range(len(prompt), len(prompt) + count):
-        tokens[0, at] = np.argmax(forward(params, tokens, np.arange(32)[None])[0, at - 1])
-    return tokens[0, len(prompt) : len(prompt) + count].tolist()
-
-
 def _alibi_with_sinks(q, k, v, positions, *, sinks):
     """Linear biases, a window, a soft cap and sinks: all that a description may say."""
     rows, heads, dim = q.shape[1:]
@@ -104,7 +94,7 @@ def test_biases_windows_caps_and_sinks_travel_and_a_worker_serves_one_engine_aft
             engine = hj.Engine(plan, config)
             sampling = hj.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
             found = {int(each.id): list(each.token_ids) for each in engine.generate(prompts, sampling)}
-            assert found == {n: _greedy(small, params, prompt, 12) for n, prompt in enumerate(prompts)}
+            assert found == {n: small.greedy(params, prompt, 12) for n, prompt in enumerate(prompts)}
             del engine  # which ends its session
 
 
@@ -125,7 +115,7 @@ def test_rows_are_rounded_to_bfloat16_on_the_wire_and_nowhere_else():
     oracle, plain = SmallModel(attention=_rounding_attention), SmallModel()
     for n, prompt in enumerate(prompts):
         tokens = list(found[n].token_ids)
-        assert tokens == _greedy(oracle, params, prompt, 12)
+        assert tokens == oracle.greedy(params, prompt, 12)
         seen = [step[token] for step, token in zip(found[n].logprobs, tokens, strict=True)]
         rounded, exact = (_logprobs(model, params, prompt, tokens) for model in (oracle, plain))
         np.testing.assert_allclose(seen, rounded, atol=2e-5)
@@ -158,20 +148,6 @@ def test_jobs_run_over_tls_with_certificates_that_the_engine_trusts(tmp_path, ca
     assert len(json.loads((tmp_path / "out.jsonl").read_text())["token_ids"]) == 3
 
 
-def test_a_site_without_a_kernel_is_refused_by_name():
-    def sigmoid(q, k, v, positions):
-        k, v = (jnp.repeat(array, q.shape[2] // array.shape[2], axis=2) for array in (k, v))
-        scores = jnp.einsum("bthd,bshd->bhts", q, k)
-        rows = jnp.arange(q.shape[1])
-        weights = jnp.where(rows[:, None] >= rows[None, :], jax.nn.sigmoid(scores), 0)
-        return jnp.einsum("bhts,bshd->bthd", weights, v)
-
-    small = SmallModel(attention=sigmoid)
-    plan = hj.partition(small, small.params(), max_rows=64)
-    with pytest.raises(ConfigError, match=r"test_worker\.py.*cannot go to workers"):
-        hj.Engine(plan, hj.EngineConfig(workers=("127.0.0.1:1",)))
-
-
 @pytest.mark.parametrize(
     ("secret", "message"),
     [("another secret of a job", "its secret is another one"), (None, "secret"), ("short", "allowed: at least 16")],
@@ -197,6 +173,10 @@ def test_a_wrong_secret_is_refused(tmp_path, capsys, secret_file, secret, messag
         (["--listen=7000"], "address '7000'; allowed: HOST:PORT"),
         (["--listen=127.0.0.1:0", "--kv_cache_bytes=lots"], "kv_cache_bytes='lots'"),
         (["--listen=127.0.0.1:0", "--secret_file=no/such.key"], "No such file"),
+        (
+            ["--listen=127.0.0.1:0", "--allow_exported_sites"],
+            "allow_exported_sites without a secret; allowed: with one, which proves who sends programs",
+        ),
         (["--listen=127.0.0.1:0", "--tls_cert=a.pem"], "tls_cert='a.pem', tls_key=None; allowed: both or neither"),
         (["--listen=127.0.0.1:0", "--tls_cert=a.pem", "--tls_key=b.pem"], "No such file"),
     ],

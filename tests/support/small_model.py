@@ -83,6 +83,14 @@ class SmallModel:
         }
         return {"embed": array(self.vocab, self.hidden), "layers": [layer() for _ in range(self.layers)]}
 
+    def greedy(self, params, prompt, count: int, *, max_rows: int = 32) -> list[int]:
+        """The likeliest `count` tokens behind a prompt, by the plain forward pass over all so far, again and again."""
+        tokens, forward = np.zeros((1, max_rows), np.int32), jax.jit(self.__call__)
+        tokens[0, : len(prompt)] = prompt
+        for at in range(len(prompt), len(prompt) + count):
+            tokens[0, at] = np.argmax(forward(params, tokens, np.arange(max_rows)[None])[0, at - 1])
+        return tokens[0, len(prompt) : len(prompt) + count].tolist()
+
     def __call__(self, params, tokens, positions):
         x = params["embed"][tokens]
         for layer in params["layers"]:
