@@ -19,7 +19,7 @@ demo: $(VENV)/.project $(VENV)/.demo
 		--output=$(OUTPUT) --max_tokens=64 --temperature=0
 
 test: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(PYTEST_ARGS)
 
 # The native kernel's tests with AddressSanitizer and UndefinedBehaviorSanitizer. Leaks are not looked for: Python's own.
 sanitize: $(VENV)/.dev
