@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
-from transport import Attend, Hello, Layout, Release, Result, WorkerServer
+from transport import Attend, FetchPages, Hello, Layout, Pages, Release, Result, StorePages, WorkerServer
 from transport.header import Scalar
 
 ECHO, SINK = 0, 1  # sites: what gives back q, and what swallows it
@@ -24,6 +24,11 @@ class _Worker:
         return Result(request_id=attend.request_id, out=out)
 
     def release(self, release: Release) -> None: ...
+
+    def fetch_pages(self, fetch: FetchPages) -> Pages:
+        return Pages(request_id=fetch.request_id, arrays=())
+
+    def store_pages(self, store: StorePages) -> None: ...
 
     def stats(self) -> Mapping[str, Scalar]:
         return {}

@@ -28,15 +28,18 @@ from transport.messages import (
     Attend,
     Drain,
     Error,
+    FetchPages,
     Hello,
     Layout,
     Message,
+    Pages,
     Ping,
     Pong,
     Release,
     Result,
     Stats,
     StatsRequest,
+    StorePages,
 )
 
 _FRAMES = flags.DEFINE_integer("frames", 1_000_000, "How many mutated frames.", lower_bound=1)
@@ -102,6 +105,9 @@ def sample_messages() -> list[Message]:
         Attend(request_id=2, site=0, layout=0, q=q.astype(np.int8)),
         Result(request_id=1, out=q, log_sum_exp=np.ones((6, 4), np.float32)),
         Release(pages=np.array([3, 1 << 40], np.int64)),
+        FetchPages(request_id=4, pages=np.arange(5)),
+        Pages(request_id=4, arrays=(np.arange(35, dtype=np.uint8).reshape(5, 7), np.zeros((5, 64), np.uint8))),
+        StorePages(pages=np.arange(2), arrays=(np.ones((2, 9), np.uint8),)),
         StatsRequest(request_id=3),
         Stats(request_id=3, values={"free_pages": 7, "busy_s": 1.5}),
         Ping(token=1 << 60),

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hetero_jax import attention, native_attention, traced_attention
+from hetero_jax import attention, native_attention, pool_pages, traced_attention
 from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.described_site import DescribedSite
 from hetero_jax.devices import are_ready, land, start_copy
@@ -104,6 +105,19 @@ class AttentionTier:
     def num_sites(self) -> int:
         """Sites that it serves."""
         return len(self._kernels)
+
+    @property
+    def page_format(self) -> str:
+        """Of the pools; where another tier's is the same, pages may go there."""
+        return pool_pages.page_format(self._pools)
+
+    def read_pages(self, pages: np.ndarray) -> tuple[np.ndarray, ...]:
+        """As `pool_pages.read_pages`, after the calls so far."""
+        return pool_pages.read_pages(self._pools, pages)
+
+    def write_pages(self, pages: np.ndarray, contents: Sequence[np.ndarray]) -> None:
+        """As `pool_pages.write_pages`, after the calls so far."""
+        self._pools = pool_pages.write_pages(self._pools, pages, contents)
 
     def place_layout(self, layout: AttentionLayout, pools: Sequence[int] = ()) -> list[AttentionLayout]:
         """What each site needs of the layout, on this tier's device: once per microbatch, not once per site.

@@ -134,6 +134,7 @@ class Engine:
             pages_total=self._scheduler.pages_total,
             preemptions=self._scheduler.num_preemptions,
             workers_lost=0 if self._fleet is None else self._fleet.num_lost,
+            sequences_moved=0 if self._fleet is None else self._fleet.num_moved,
             **{f"{part}_s": seconds for part, seconds in self._timings.seconds.items()},
         )
 

@@ -10,6 +10,7 @@ class EngineStats:
     """Counters since the engine was made. The *_s fields but total_s count while `engine.profile` is set.
 
     num_microbatches: in flight at most, at present.
+    sequences_moved: to another worker with their pages.
     """
 
     sequences_done: int = 0
@@ -19,6 +20,7 @@ class EngineStats:
     steps: int = 0
     preemptions: int = 0
     workers_lost: int = 0
+    sequences_moved: int = 0
     num_microbatches: int = 0
     pages_used: int = 0
     pages_total: int = 0

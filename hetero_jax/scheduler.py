@@ -25,7 +25,9 @@ with most pages left. Rules 3 and 4 then hold within its pool. Pools come and go
 - A lost pool takes all that was computed in it: its sequences wait again with the tokens that they have, before all
   that never ran. Those in flight do so when their microbatch is back, which gives them nothing (`lost_in`); the other
   sequences of the microbatch are not touched, as no row depends on another's.
-- A draining pool takes no new sequences, and those that it has wait again as soon as another pool could hold them.
+- A draining pool takes no new sequences. Those that it has leave it once they are not in flight, as soon as another
+  pool could hold them (`leave_draining_pools`): they move, with what is computed, to one of the same page format that
+  has room now, and otherwise wait again.
 - A sequence that no pool can hold is set aside until one joins that can.
 
 Where every site has a sliding window, pages that no later row sees are free as soon as their microbatch is back, so a
@@ -44,7 +46,16 @@ from collections.abc import Iterable, Mapping
 from hetero_jax.errors import CapacityError, RequestError
 from hetero_jax.pages import PageAllocator, pages_for
 from hetero_jax.scheduler_state import Draft, Pool, ScheduledSequence, WaitingLine, arrival
-from hetero_jax.scheduler_types import Batch, Chunk, PoolDraining, PoolEvent, PoolJoined, PoolLost, SchedulerConfig
+from hetero_jax.scheduler_types import (
+    Batch,
+    Chunk,
+    Move,
+    PoolDraining,
+    PoolEvent,
+    PoolJoined,
+    PoolLost,
+    SchedulerConfig,
+)
 
 
 class Scheduler:
@@ -67,7 +78,7 @@ class Scheduler:
         self._num_added = 0
         self._num_batches = 0
         for number, num_pages in pools.items():
-            self._join(number, num_pages)
+            self._join(PoolJoined(number, num_pages))
 
     @property
     def num_waiting(self) -> int:
@@ -97,14 +108,31 @@ class Scheduler:
     def apply(self, event: PoolEvent) -> None:
         """A pool joins, begins to drain, or is gone."""
         match event:
-            case PoolJoined(number, num_pages):
-                self._join(number, num_pages)
+            case PoolJoined():
+                self._join(event)
             case PoolDraining(number):
                 self._pools[number].draining = True
             case PoolLost(number):
                 pool = self._pools.pop(number)
                 pool.lost = True
                 self._replay(seq for seq in self._idle() if seq.pool is pool)
+
+    def leave_draining_pools(self) -> list[Move]:
+        """Idle sequences leave draining pools. To be called before `schedule`.
+
+        The driver copies pages as the moves say, before it begins anything that was scheduled later; where that fails,
+        it calls `replay`.
+        """
+        if not any(pool.draining for pool in self._pools.values()):
+            return []
+        leaving = [seq for seq in self._idle() if seq.home.draining and self._has_home(seq)]
+        targets = [(seq, self._move(seq)) for seq in leaving]
+        self._replay(seq for seq, move in targets if move is None)
+        return [move for _, move in targets if move is not None]
+
+    def replay(self, seq_id: int) -> None:
+        """The pages of an idle sequence could not be copied: it waits again, with the tokens that it has."""
+        self._replay([self._sequences[seq_id]])
 
     def lost_in(self, batch_id: int) -> frozenset[int]:
         """Sequences of a microbatch in flight whose pool is lost: what comes back for them means nothing."""
@@ -147,7 +175,6 @@ class Scheduler:
         """The next microbatch to launch now; None where nothing can start before a `complete`, `add` or `apply`."""
         if len(self._in_flight) >= self.num_microbatches:
             return None
-        self._leave_draining_pools()
         num_ready = len(self._decode_ready) + len(self._prefill_ready)
         draft = Draft(self.config.max_num_batched_tokens, self._num_running - num_ready)
         self._take_decodes(draft)
@@ -199,10 +226,10 @@ class Scheduler:
 
     # --- pools
 
-    def _join(self, number: int, num_pages: int) -> None:
-        assert number not in self._pools, f"pool {number} is there already"
-        self._pools[number] = Pool(number, PageAllocator(num_pages))
-        self._largest_pool = max(self._largest_pool, num_pages)
+    def _join(self, joined: PoolJoined) -> None:
+        assert joined.pool not in self._pools, f"pool {joined.pool} is there already"
+        self._pools[joined.pool] = Pool(joined.pool, PageAllocator(joined.num_pages), joined.page_format)
+        self._largest_pool = max(self._largest_pool, joined.num_pages)
         self._waiting.take_up(self._has_home)
 
     def _homes(self, seq: ScheduledSequence) -> list[Pool]:
@@ -213,9 +240,12 @@ class Scheduler:
     def _has_home(self, seq: ScheduledSequence) -> bool:
         return bool(self._homes(seq))
 
-    def _leave_draining_pools(self) -> None:
-        if any(pool.draining for pool in self._pools.values()):
-            self._replay(seq for seq in self._idle() if seq.home.draining and self._has_home(seq))
+    def _move(self, seq: ScheduledSequence) -> Move | None:
+        """Moves a sequence to the pool with most room that takes its pages now; None where none does."""
+        page_format = seq.home.page_format
+        alike = [pool for pool in self._homes(seq) if page_format and pool.page_format == page_format]
+        pool = _roomiest(alike, len(seq.held) + seq.promised)
+        return None if pool is None else seq.move(pool)
 
     def _replay(self, sequences: Iterable[ScheduledSequence]) -> None:
         """Sequences leave their pools for good: they are prefilled again from what they know."""
@@ -254,13 +284,11 @@ class Scheduler:
                 self._waiting.set_first_aside()
                 continue
             needed = self.config.most_pages(seq.known)
-            pool = self._pool_for(seq, needed)
+            pool = _roomiest(self._homes(seq), needed)
             if pool is None:
                 return
             self._waiting.pop_first()
-            seq.pool, seq.promised = pool, needed
-            pool.promised += needed
-            pool.num_running += 1
+            seq.enter(pool, needed)
             self._num_running += 1
             self._make_ready(seq)
             self._take(seq, draft)
@@ -278,11 +306,6 @@ class Scheduler:
         """
         population = min(self._num_running + len(self._waiting), self.config.max_num_seqs)
         return draft.rows_left == 0 or len(draft.chunks) >= self._share(population, draft)
-
-    def _pool_for(self, seq: ScheduledSequence, needed: int) -> Pool | None:
-        """The pool with most room of those that hold the whole sequence and let it start now; None where none does."""
-        open_now = [pool for pool in self._homes(seq) if pool.num_running == 0 or needed <= pool.room]
-        return max(open_now, key=lambda pool: pool.room, default=None)
 
     def _take(self, seq: ScheduledSequence, draft: Draft) -> None:
         """Moves a ready sequence into the draft, or leaves it where it is for want of pages."""
@@ -366,8 +389,12 @@ class Scheduler:
 
     def _release(self, seq: ScheduledSequence) -> None:
         """Ends the residency of a running sequence: no pages, nothing computed."""
-        seq.home.pages.free(seq.held)
-        seq.home.promised -= seq.promised
-        seq.home.num_running -= 1
+        seq.leave()
+        seq.computed = 0
         self._num_running -= 1
-        seq.pool, seq.pages, seq.num_freed, seq.promised, seq.computed = None, (), 0, 0, 0
+
+
+def _roomiest(homes: Iterable[Pool], needed: int) -> Pool | None:
+    """The pool with most room of those that let a sequence in now that needs so many pages; None where none does."""
+    open_now = [pool for pool in homes if pool.num_running == 0 or needed <= pool.room]
+    return max(open_now, key=lambda pool: pool.room, default=None)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hetero_jax.pages import PageAllocator
-from hetero_jax.scheduler_types import Chunk
+from hetero_jax.scheduler_types import Chunk, Move
 
 
 @dataclass(slots=True, eq=False)
@@ -17,6 +17,7 @@ class Pool:
 
     number: int
     pages: PageAllocator
+    page_format: str = ""
     num_running: int = 0
     promised: int = 0  # sum over its running sequences
     draining: bool = False
@@ -53,6 +54,29 @@ class ScheduledSequence:
     def held(self) -> tuple[int, ...]:
         """Pages that are its own."""
         return self.pages[self.num_freed :]
+
+    def enter(self, pool: Pool, promised: int) -> None:
+        """Begins to run in a pool, without pages yet."""
+        self.pool, self.promised = pool, promised
+        pool.promised += promised
+        pool.num_running += 1
+
+    def leave(self) -> None:
+        """Ends to run in its pool, which gets its pages back."""
+        self.home.pages.free(self.held)
+        self.home.promised -= self.promised
+        self.home.num_running -= 1
+        self.pool, self.pages, self.num_freed, self.promised = None, (), 0, 0
+
+    def move(self, pool: Pool) -> Move:
+        """Goes on in another pool, which has room; entries of `pages` behind the window stay stand-ins."""
+        source, old, num_freed, promised = self.home.number, self.held, self.num_freed, self.promised
+        self.leave()
+        self.enter(pool, promised)
+        new = pool.pages.allocate(len(old))
+        assert new is not None, f"pool {pool.number} lacks pages for sequence {self.seq_id}"
+        self.pages, self.num_freed = (*new[-1:] * num_freed, *new), num_freed
+        return Move(self.seq_id, source, old, pool.number, tuple(new))
 
 
 @dataclass(slots=True)

@@ -35,10 +35,14 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolJoined:
-    """A pool of free pages, under a number that no pool had before."""
+    """A pool of free pages, under a number that no pool had before.
+
+    page_format: pages may move to pools of the same one; "": to none.
+    """
 
     pool: int
     num_pages: int
+    page_format: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,17 @@ class PoolLost:
 
 
 PoolEvent = PoolJoined | PoolDraining | PoolLost
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A sequence that went from one pool to another: what its old pages hold must be copied into its new ones."""
+
+    seq_id: int
+    source: int  # pool
+    source_pages: tuple[int, ...]
+    target: int  # pool
+    target_pages: tuple[int, ...]  # as many, in the same order
 
 
 @dataclass(frozen=True, slots=True)

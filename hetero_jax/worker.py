@@ -17,7 +17,19 @@ from hetero_jax.endpoint import split_address, worker_tls
 from hetero_jax.errors import ConfigError
 from hetero_jax.exported_site import ExportedSite
 from hetero_jax.wire import WIRE_DTYPES, from_wire, to_wire
-from transport import Attend, Handler, Hello, Layout, Release, Result, WorkerServer
+from transport import (
+    MAX_PAGES_BYTES,
+    Attend,
+    FetchPages,
+    Handler,
+    Hello,
+    Layout,
+    Pages,
+    Release,
+    Result,
+    StorePages,
+    WorkerServer,
+)
 from transport.errors import RefusedError
 
 _LAYOUT = tuple(field.name for field in fields(AttentionLayout))
@@ -75,9 +87,24 @@ class TierHandler(Handler):
     def release(self, release: Release) -> None:
         """As Handler: nothing, as the engine gives pages away again itself."""
 
-    def stats(self) -> Mapping[str, int]:
-        """As Handler: bytes of the pools."""
-        return {"pool_bytes": 0 if self._tier is None else self._tier.pool_bytes}
+    def fetch_pages(self, fetch: FetchPages) -> Pages:
+        """As Handler."""
+        assert self._tier is not None, "pages follow a hello"
+        page_bytes = self._tier.pool_bytes // self._tier.num_pages
+        if (size := fetch.pages.size * page_bytes) > MAX_PAGES_BYTES:
+            raise ConfigError(f"{fetch.pages.size} pages of {size} bytes; allowed: at most {MAX_PAGES_BYTES} bytes")
+        return Pages(request_id=fetch.request_id, arrays=self._tier.read_pages(fetch.pages))
+
+    def store_pages(self, store: StorePages) -> None:
+        """As Handler."""
+        assert self._tier is not None, "pages follow a hello"
+        self._tier.write_pages(store.pages, store.arrays)
+
+    def stats(self) -> Mapping[str, int | str]:
+        """As Handler: bytes of the pools, and the format of a page."""
+        if self._tier is None:
+            return {"pool_bytes": 0, "page_format": ""}
+        return {"pool_bytes": self._tier.pool_bytes, "page_format": self._tier.page_format}
 
     def _rows_sent(self, attend: Attend) -> list[np.ndarray]:
         assert self._tier is not None, "attends follow a hello"

@@ -41,7 +41,7 @@ class WorkerFleet:
         file: WorkersFile | None,
         wait_s: float,
     ) -> None:
-        self.num_lost = 0
+        self.num_lost = self.num_moved = 0
         self._connect, self._file, self._wait_s = connect, file, wait_s
         self._numbers = itertools.count()
         connects = {address: partial(connect, address) for address in addresses} | dict(local)
@@ -58,16 +58,32 @@ class WorkerFleet:
         return {link.pool: link.session for link in self._links if link.session is not None}
 
     def follow(self, scheduler: Scheduler) -> bool:
-        """Tell the scheduler what has happened to pools, and let go those that it has left; True where it was told."""
+        """Tell the scheduler what has happened to pools; True where it was told.
+
+        Sequences leave the pools that drain, with their pages where these can move, and what they have left is let go.
+        """
         events = [*self._joined, *self._changes()]
         self._joined = []
         for event in events:
             scheduler.apply(event)
             self.num_lost += isinstance(event, PoolLost)
+        self._move(scheduler)
         for number in scheduler.drained_pools:
             (link,) = (link for link in self._links if link.session is not None and link.pool == number)
             scheduler.apply(link.let_go())
         return bool(events)
+
+    def _move(self, scheduler: Scheduler) -> None:
+        num_replays = scheduler.num_replays
+        moves = scheduler.leave_draining_pools()
+        for move in moves:
+            source, target = self.sessions[move.source], self.sessions[move.target]
+            if source.copy_pages(move.source_pages, target, move.target_pages):
+                self.num_moved += 1
+            else:
+                scheduler.replay(move.seq_id)
+        if again := scheduler.num_replays - num_replays:
+            _logger.warning("%d sequences left without their pages and are computed again", again)
 
     def wait(self, scheduler: Scheduler) -> None:
         """Nothing runs and nothing can start: wait until a worker comes or goes.

@@ -68,7 +68,7 @@ class WorkerLink:
 
     def _begin(self, session: WorkerSession) -> PoolJoined:
         self.session, self.pool, self._draining, self._complained = session, self._take_number(), False, False
-        return PoolJoined(self.pool, session.num_pages)
+        return PoolJoined(self.pool, session.num_pages, session.page_format)
 
     def _lose(self) -> PoolLost:
         assert self.session is not None, f"worker {self.name} has no session"

@@ -16,7 +16,7 @@ from hetero_jax.depth import CallTimes
 from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
 from hetero_jax.tracing import Trace, WorkerCall
-from transport import MAX_LAYOUTS, Answer, Hello, Result, TransportError, WorkerClient, connect
+from transport import MAX_LAYOUTS, MAX_PAGES_BYTES, Answer, Hello, Result, TransportError, WorkerClient, connect
 from transport.errors import ConnectionLostError
 
 T = TypeVar("T")
@@ -73,6 +73,8 @@ class WorkerSession:
         self.num_pages = self._client.welcome.page_budget
         stats = self._guard(lambda: self._client.stats().result(step_timeout_s))
         self.pool_bytes = cast("int", stats.values["pool_bytes"])
+        self._pages_at_once = MAX_PAGES_BYTES * self.num_pages // self.pool_bytes
+        self.page_format = cast("str", stats.values["page_format"]) if self._pages_at_once else ""
 
     @property
     def failure(self) -> str | None:
@@ -120,11 +122,30 @@ class WorkerSession:
         """End the connection."""
         self._client.close()
 
-    def finish(self, answer: Answer[Result]) -> Result | None:
+    def copy_pages(self, pages: Sequence[int], target: WorkerSession, target_pages: Sequence[int]) -> bool:
+        """Copy pages into as many of another worker of the same page format; False where one of both is lost.
+
+        Waits for the calls that this worker has; what is sent to the target later finds the pages there.
+        """
+        ours, theirs = np.asarray(pages, np.int64), np.asarray(target_pages, np.int64)
+        for first in range(0, len(ours), self._pages_at_once):
+            some = slice(first, first + self._pages_at_once)
+            answer = self._unless_lost(lambda some=some: self._client.fetch_pages(ours[some]))
+            found = None if answer is None else self.finish(answer)
+            if found is None or not target.store_pages(theirs[some], found.arrays):
+                return False
+        return True
+
+    def store_pages(self, pages: np.ndarray, arrays: tuple[np.ndarray, ...]) -> bool:
+        """Put what another worker's pages hold into pages [n]; False where the worker is lost."""
+        self._unless_lost(lambda: self._client.store_pages(pages, arrays))
+        return self.failure is None
+
+    def finish(self, answer: Answer[T]) -> T | None:
         """Waits for an answer; None where the worker is lost."""
         return self._unless_lost(lambda: self._wait(answer))
 
-    def _wait(self, answer: Answer[Result]) -> Result:
+    def _wait(self, answer: Answer[T]) -> T:
         while True:
             try:
                 return answer.result(max(self._left_s(), 0.0))

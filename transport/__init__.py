@@ -10,20 +10,35 @@ from transport.answers import Answer
 from transport.client import WorkerClient, connect
 from transport.errors import TransportError
 from transport.frames import FrameLimits
-from transport.messages import MAX_LAYOUTS, Attend, Hello, Layout, Release, Result
+from transport.messages import (
+    MAX_LAYOUTS,
+    MAX_PAGES_BYTES,
+    Attend,
+    FetchPages,
+    Hello,
+    Layout,
+    Pages,
+    Release,
+    Result,
+    StorePages,
+)
 from transport.peer import Timing
 from transport.server import Handler, WorkerServer
 
 __all__ = [
     "MAX_LAYOUTS",
+    "MAX_PAGES_BYTES",
     "Answer",
     "Attend",
+    "FetchPages",
     "FrameLimits",
     "Handler",
     "Hello",
     "Layout",
+    "Pages",
     "Release",
     "Result",
+    "StorePages",
     "Timing",
     "TransportError",
     "WorkerClient",

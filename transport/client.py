@@ -27,15 +27,18 @@ from transport.messages import (
     Attend,
     Drain,
     Error,
+    FetchPages,
     Hello,
     Layout,
     Message,
+    Pages,
     Ping,
     Pong,
     Release,
     Result,
     Stats,
     StatsRequest,
+    StorePages,
     check_hello,
 )
 from transport.peer import Peer, Timing
@@ -91,6 +94,16 @@ class WorkerClient:
         request_id = next(self._ids)
         return self._ask(request_id, StatsRequest(request_id=request_id))
 
+    def fetch_pages(self, pages: Tensor) -> Answer[Pages]:
+        """Ask for what is in pages [n] int64, after the requests so far."""
+        request_id = next(self._ids)
+        return self._ask(request_id, FetchPages(request_id=request_id, pages=pages))
+
+    def store_pages(self, pages: Tensor, arrays: tuple[Tensor, ...]) -> None:
+        """Put the arrays of a Pages into pages [n] int64, before the requests to come."""
+        self._check()
+        self._send(StorePages(pages=pages, arrays=arrays))
+
     def read_ready(self) -> None:
         """Take the answers that have come, without waiting."""
         self._reader.read_ready()
@@ -134,7 +147,7 @@ class WorkerClient:
 
     def _take(self, message: Message) -> None:
         match message:
-            case Result() | Stats():
+            case Result() | Stats() | Pages():
                 self._answered(message.request_id).set_result(message)
             case Error(request_id=0):
                 raise _as_exception(message)

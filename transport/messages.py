@@ -10,8 +10,9 @@ from transport.buffers import Tensor
 from transport.errors import RefusedError, VersionError
 from transport.header import Scalar
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_LAYOUTS = 64
+MAX_PAGES_BYTES = 128 << 20  # of pages in one message
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +89,33 @@ class Release:
     pages: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FetchPages:
+    """Ask for what is in pages, [n] int64, of all sites, after the requests so far; answered by Pages.
+
+    What it asks for may have MAX_PAGES_BYTES at most.
+    """
+
+    request_id: int
+    pages: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pages:
+    """Answer to a FetchPages. arrays: [n, bytes] uint8 of each array of the pools, as it is in memory."""
+
+    request_id: int
+    arrays: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StorePages:
+    """Put the arrays of a Pages into pages, [n] int64; takes its turn among the Attends and has no answer."""
+
+    pages: Tensor
+    arrays: tuple[Tensor, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class StatsRequest:
     """Ask for Stats."""
@@ -133,7 +161,22 @@ class Error:
     text: str
 
 
-Message: TypeAlias = Hello | Attend | Result | Release | StatsRequest | Stats | Ping | Pong | Drain | Error | Layout
+Message: TypeAlias = (
+    Hello
+    | Attend
+    | Result
+    | Release
+    | StatsRequest
+    | Stats
+    | Ping
+    | Pong
+    | Drain
+    | Error
+    | Layout
+    | FetchPages
+    | Pages
+    | StorePages
+)
 
 # By number on the wire, from 1; append only.
 MESSAGE_TYPES: tuple[type[Message], ...] = (
@@ -148,6 +191,9 @@ MESSAGE_TYPES: tuple[type[Message], ...] = (
     Drain,
     Error,
     Layout,
+    FetchPages,
+    Pages,
+    StorePages,
 )
 
 

@@ -16,19 +16,23 @@ from transport.handshake import MIN_SECRET_BYTES, Role
 from transport.header import Scalar
 from transport.messages import (
     MAX_LAYOUTS,
+    MAX_PAGES_BYTES,
     PROTOCOL_VERSION,
     Attend,
     Drain,
     Error,
+    FetchPages,
     Hello,
     Layout,
     Message,
+    Pages,
     Ping,
     Pong,
     Release,
     Result,
     Stats,
     StatsRequest,
+    StorePages,
     check_hello,
 )
 from transport.peer import Peer, Timing
@@ -44,9 +48,9 @@ _MAX_CONNECTIONS = 2048  # threads; most of them wait for bytes
 class Handler(Protocol):
     """What a worker does with messages. One thread at a time calls it.
 
-    What `attend` and `stats` raise goes to the engine as a RemoteError, and the session goes on; what `hello`, `layout`
-    and `release` raise ends it. Arrays in messages are views of receive buffers: they stay valid as long as they are
-    held.
+    What `attend`, `fetch_pages` and `stats` raise goes to the engine as a RemoteError, and the session goes on; what
+    `hello`, `layout`, `release` and `store_pages` raise ends it. Arrays in messages are views of receive buffers: they
+    stay valid as long as they are held.
     """
 
     def hello(self, hello: Hello) -> Hello:
@@ -70,6 +74,14 @@ class Handler(Protocol):
 
     def release(self, release: Release) -> None:
         """Forget pages."""
+        ...
+
+    def fetch_pages(self, fetch: FetchPages) -> Pages:
+        """What is in pages; MAX_PAGES_BYTES at most. The Pages have the request's id."""
+        ...
+
+    def store_pages(self, store: StorePages) -> None:
+        """Put what `fetch_pages` of another worker gave into pages."""
         ...
 
     def stats(self) -> Mapping[str, Scalar]:
@@ -256,13 +268,20 @@ def _answer(handler: Handler, message: Message) -> Message | None:
             return handler.layout(message)
         case Release():
             return handler.release(message)
+        case FetchPages():
+            return _guarded(message.request_id, lambda: handler.fetch_pages(message))
+        case StorePages(arrays=arrays):
+            if (size := sum(array.nbytes for array in arrays)) > MAX_PAGES_BYTES:
+                raise FrameError(f"{size} bytes of pages in a message; allowed: at most {MAX_PAGES_BYTES}")
+            return handler.store_pages(message)
         case Ping():
             return Pong(token=message.token)
         case Error():
             raise ConnectionLostError(f"the engine ended the connection: {message.text}")
         case _:
             raise FrameError(
-                f"an engine sent {type(message).__name__}; allowed: Attend, Layout, Release, StatsRequest, Ping"
+                f"an engine sent {type(message).__name__}; allowed: Attend, Layout, Release, FetchPages, StorePages, "
+                "StatsRequest, Ping"
             )
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_jax.errors import CapacityError
-from hetero_jax.scheduler_types import SchedulerConfig
-from scheduler_executor import Executor, jobs, make_executor, make_scheduler
+from hetero_jax.scheduler_types import Batch, SchedulerConfig
+from scheduler_executor import Executor, jobs, make_config, make_executor, make_scheduler
 
 
 @settings(max_examples=200, deadline=None)
@@ -20,7 +20,8 @@ def test_every_sequence_finishes_whatever_joins_drains_and_is_lost(
 ) -> None:
     """Every token once, positions in order, pages never shared, nothing new on draining pools: see the executor."""
     config, pools, sequences = job
-    executor = Executor(config, dict(enumerate(pools)))
+    formats = {number: rng.choice(["", "a", "a", "b"]) for number in range(len(pools))}
+    executor = Executor(config, dict(enumerate(pools)), formats=formats, copies=lambda move: rng.random() < 0.8)
     left, joined = dict(enumerate(sequences)), len(pools)
     for _ in range(80):
         action = rng.random()
@@ -32,9 +33,9 @@ def test_every_sequence_finishes_whatever_joins_drains_and_is_lost(
         elif action < 0.75 and executor.in_flight:
             executor.land(rng.choice(list(executor.in_flight)))
         elif action < 0.85:
-            executor.join(joined, rng.choice(pools))
+            executor.join(joined, rng.choice(pools), rng.choice(["", "a", "a", "b"]))
             joined += 1
-        elif action < 0.95 and executor.pools:
+        elif action < 0.9 and executor.pools:
             executor.lose(rng.choice(list(executor.pools)))
         elif executor.pools:
             executor.begin_drain(rng.choice(list(executor.pools)))
@@ -136,3 +137,77 @@ def test_a_draining_pool_is_left_as_soon_as_another_holds_its_sequences() -> Non
     assert batch is not None
     assert [(c.pool, c.start, c.length) for c in batch.chunks] == [(1, 0, 8)]
     assert executor.scheduler.drained_pools == [0]
+
+
+def _two_pools(formats: str, *, pages: tuple[int, int] = (20, 20), **config: int | None) -> Executor:
+    limits = make_config(page_size=2, num_microbatches=1, **config)
+    return Executor(limits, dict(enumerate(pages)), formats=dict(enumerate(formats)))
+
+
+def _step(executor: Executor) -> Batch:
+    batch = executor.launch()
+    assert batch is not None
+    executor.land(batch.batch_id)
+    return batch
+
+
+def _chunks(batch: Batch) -> list[tuple[int, int, int]]:
+    return [(chunk.pool, chunk.start, chunk.length) for chunk in batch.chunks]
+
+
+def test_a_sequence_moves_with_its_pages_and_goes_on_where_it_was() -> None:
+    executor = _two_pools("aa")
+    executor.add(0, prompt=5, max_tokens=10)
+    first = executor.launch()
+    assert first is not None
+    home = first.chunks[0].pool
+    executor.begin_drain(home)
+    assert executor.scheduler.leave_draining_pools() == []  # while it is in flight its pages are written to
+    executor.land(first.batch_id)
+    assert _chunks(_step(executor)) == [(1 - home, 5, 1)]
+    assert (executor.scheduler.num_replays, executor.scheduler.drained_pools) == (0, [home])
+    assert executor.scheduler.pages_used == 3
+    executor.lose(home)
+    executor.drain(random.Random(0))
+    assert executor.done == {0: 10}
+
+
+def test_in_the_middle_of_its_prompt_it_moves_too() -> None:
+    executor = _two_pools("aa", max_num_batched_tokens=8)
+    executor.add(0, prompt=20, max_tokens=3)
+    executor.begin_drain(_step(executor).chunks[0].pool)
+    assert [(start, length) for _, start, length in _chunks(_step(executor))] == [(8, 8)]
+    executor.drain(random.Random(0))
+    assert executor.done == {0: 3} and executor.scheduler.num_replays == 0
+
+
+def test_behind_a_window_only_the_pages_that_it_still_has_move() -> None:
+    executor = _two_pools("aa", pages=(6, 6), max_num_batched_tokens=2, window=4)
+    executor.add(0, prompt=30, max_tokens=3)
+    for _ in range(8):
+        last = _step(executor)
+    executor.begin_drain(last.chunks[0].pool)
+    (move,) = executor.scheduler.leave_draining_pools()
+    assert len(move.source_pages) == 2  # of 8: positions 13, 14 and 15
+    executor.scheduler.replay(0)
+    executor.sequences[0].computed = 0
+    executor.drain(random.Random(0))
+    assert executor.done == {0: 3}
+
+
+@pytest.mark.parametrize(
+    ("formats", "neighbours", "arrives"),
+    [("ab", 0, True), (["", ""], 0, True), ("aa", 1, True), ("aa", 0, False)],
+    ids=["other kinds of pages", "kinds that do not travel", "no room", "the copy fails"],
+)
+def test_what_cannot_move_is_computed_again(formats: str, neighbours: int, arrives: bool) -> None:
+    executor = _two_pools(formats)
+    executor.copies = lambda move: arrives
+    for seq_id in range(1 + neighbours):  # each in a pool of its own, of which it takes 10 pages of 20
+        executor.add(seq_id, prompt=20, max_tokens=8)
+    executor.begin_drain(_step(executor).chunks[0].pool)
+    again = [chunk for chunk in _step(executor).chunks if chunk.seq_id == 0]
+    assert [(chunk.start, chunk.length) for chunk in again] == ([] if neighbours else [(0, 21)])  # it may have to wait
+    assert executor.scheduler.num_replays == 1
+    executor.drain(random.Random(0))
+    assert executor.done == dict.fromkeys(range(1 + neighbours), 8)

@@ -46,6 +46,7 @@ class _Simulation:
     events: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
     numbers: itertools.count = field(default_factory=itertools.count)
     losses: int = 0
+    moves: int = 0
 
     def __post_init__(self) -> None:
         config = SchedulerConfig(
@@ -58,6 +59,7 @@ class _Simulation:
 
     def run(self) -> None:
         while self.scheduler.has_unfinished:
+            self._move()
             while (batch := self.scheduler.schedule()) is not None:
                 self.at(self._duration_s(batch), lambda batch=batch: self._come_back(batch))
             for pool in self.scheduler.drained_pools:
@@ -67,17 +69,29 @@ class _Simulation:
             action()
 
     def join(self) -> None:
-        pool, worker = next(self.numbers), _Worker(self.chance.randint(30, 60), self.chance.uniform(0.01, 0.1))
+        pool, worker = next(self.numbers), _Worker(self.chance.randint(40, 90), self.chance.uniform(0.02, 0.1))
         self.workers[pool] = worker
-        self.scheduler.apply(PoolJoined(pool, worker.pages))
-        if self.chance.random() < 0.2:
-            self.at(self.chance.expovariate(1 / 60), lambda: self._drain(pool))
-        self.at(self.chance.expovariate(1 / 12), lambda: self._die(pool))
+        self.scheduler.apply(PoolJoined(pool, worker.pages, "a"))
+        if self.chance.random() < 0.5:
+            self.at(self.chance.expovariate(1 / 4), lambda: self._drain(pool))
+        self.at(self.chance.expovariate(1 / 10), lambda: self._die(pool))
 
     def _drain(self, pool: int) -> None:
         if pool in self.workers and not self.workers[pool].dead:
             self.scheduler.apply(PoolDraining(pool))
             self.at(5, self.join)
+
+    def _move(self) -> None:
+        """Slots from one cache to another; a dead worker sends nothing, and one that takes nothing will be noticed."""
+        for move in self.scheduler.leave_draining_pools():
+            source, target = self.workers[move.source], self.workers[move.target]
+            if source.dead:
+                self.scheduler.replay(move.seq_id)
+                continue
+            self.moves += 1
+            for old, new in zip(move.source_pages, move.target_pages, strict=True):
+                for at in range(0 if target.dead else PAGE):
+                    target.cache[new * PAGE + at] = source.cache.get(old * PAGE + at, -1)
 
     def _die(self, pool: int) -> None:
         """All that it had is gone at once; the engine notices after a while, and it returns as another pool later."""
@@ -145,5 +159,5 @@ def test_tokens_are_those_of_an_undisturbed_run_whatever_is_lost_and_when(seed):
         simulation.at(0, simulation.join)
     simulation.run()
     assert simulation.tokens == expected and len(simulation.done) == 60
-    assert simulation.losses > 2 and simulation.scheduler.num_replays > 2
+    assert simulation.losses > 2 and simulation.scheduler.num_replays > 2 and simulation.moves > 1
     assert simulation.scheduler.pages_used == 0

@@ -1,7 +1,8 @@
 """A worker for tests, in a process of its own: argv is the secret in hexadecimal ("" for none). Prints its port.
 
 Site 0 gives back q. Site 1 keeps running sums of k and v in float64, as a cache would, and answers q + sum(k) + sum(v).
-Site 2 sleeps for ever. Site 3 answers the array "rows" of the layout. Other sites fail. SIGTERM drains it.
+Site 2 sleeps for ever. Site 3 answers the array "rows" of the layout. Other sites fail. Pages of
+one array are kept, and those that were never stored fail. SIGTERM drains it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from transport import Attend, Hello, Layout, Release, Result, WorkerServer
+from transport import Attend, FetchPages, Hello, Layout, Pages, Release, Result, StorePages, WorkerServer
 from transport.errors import RefusedError
 
 
@@ -21,6 +22,7 @@ class EchoHandler:
     def __init__(self) -> None:
         self.total, self.released, self.sessions = np.zeros(()), 0, 0
         self.layouts: dict[int, Mapping[str, np.ndarray]] = {}
+        self.pages: dict[int, np.ndarray] = {}
 
     def hello(self, hello: Hello) -> Hello:
         if hello.page_budget > 1000:
@@ -47,6 +49,13 @@ class EchoHandler:
 
     def release(self, release: Release) -> None:
         self.released += len(release.pages)
+
+    def fetch_pages(self, fetch: FetchPages) -> Pages:
+        return Pages(request_id=fetch.request_id, arrays=(np.stack([self.pages[int(page)] for page in fetch.pages]),))
+
+    def store_pages(self, store: StorePages) -> None:
+        (array,) = store.arrays
+        self.pages |= dict(zip(store.pages.tolist(), array, strict=True))
 
     def stats(self) -> Mapping[str, int]:
         return {"released": self.released, "sessions": self.sessions}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
 from hetero_jax.scheduler import Scheduler
-from hetero_jax.scheduler_types import Batch, Chunk, PoolDraining, PoolJoined, PoolLost, SchedulerConfig
+from hetero_jax.scheduler_types import Batch, Chunk, Move, PoolDraining, PoolJoined, PoolLost, SchedulerConfig
 
 
 def make_config(window: int | None = None, **changes: int) -> SchedulerConfig:
@@ -48,15 +49,20 @@ class Executor:
     tables: dict[int, tuple[int, ...]] = field(default_factory=dict)
     homes: dict[int, int] = field(default_factory=dict)  # sequence -> pool of its last chunk
     draining: set[int] = field(default_factory=set)
+    formats: dict[int, str] = field(default_factory=dict)  # of pages, by pool
+    copies: Callable[[Move], bool] = lambda move: True  # whether the pages of a move arrive
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.config, self.pools)
+        self.scheduler = Scheduler(self.config, {})
+        for number, num_pages in self.pools.items():
+            self.scheduler.apply(PoolJoined(number, num_pages, self.formats.setdefault(number, "")))
 
     def add(self, seq_id: int, prompt: int, max_tokens: int, ends_after: int | None = None) -> None:
         self.scheduler.add(seq_id, prompt, max_tokens)
         self.sequences[seq_id] = Mirror(prompt, max_tokens, ends_after or max_tokens)
 
     def launch(self) -> Batch | None:
+        self._move()
         before = self.scheduler.num_preemptions
         batch = self.scheduler.schedule()
         preempted = self.scheduler.num_preemptions - before
@@ -100,14 +106,31 @@ class Executor:
         assert self.scheduler.num_running <= self.config.max_num_seqs
         return batch
 
+    def _move(self) -> None:
+        for move in self.scheduler.leave_draining_pools():
+            seq_id, source, target = move.seq_id, move.source, move.target
+            assert not self.sequences[seq_id].in_flight and source in self.draining and target not in self.draining
+            assert self.formats[source] == self.formats[target] != ""
+            assert all(self.owner[source, page] == seq_id for page in move.source_pages)
+            assert all(0 <= page < self.pools[target] for page in move.target_pages)
+            assert len(set(move.source_pages)) == len(move.source_pages) == len(set(move.target_pages))
+            if not self.copies(move):
+                self.sequences[seq_id].computed = 0
+                self.scheduler.replay(seq_id)
+                continue
+            moved = dict(zip(move.source_pages, move.target_pages, strict=True))
+            self.tables[seq_id] = tuple(moved.get(page, -1) for page in self.tables.get(seq_id, ()))
+            self.homes[seq_id] = target
+            self.owner.update({(target, page): seq_id for page in move.target_pages})
+
     def _first_seen(self, chunk: Chunk) -> int:
         """The first page that a row of the chunk sees."""
         window = self.config.window or self.config.max_model_len
         return max(0, chunk.start - window + 1) // self.config.page_size
 
-    def join(self, number: int, num_pages: int) -> None:
-        self.pools[number] = num_pages
-        self.scheduler.apply(PoolJoined(number, num_pages))
+    def join(self, number: int, num_pages: int, page_format: str = "") -> None:
+        self.pools[number], self.formats[number] = num_pages, page_format
+        self.scheduler.apply(PoolJoined(number, num_pages, page_format))
 
     def lose(self, number: int) -> None:
         """The pool is gone, with all that was written there."""

@@ -14,7 +14,21 @@ from transport.codec import decode_message, encode_message
 from transport.errors import FrameError, RefusedError, VersionError
 from transport.frames import Frame, FrameDecoder, FrameEncoder
 from transport.header import DTYPES, MAX_VALUES
-from transport.messages import MESSAGE_TYPES, Attend, Error, Hello, Layout, Ping, Release, Result, Stats, check_hello
+from transport.messages import (
+    MESSAGE_TYPES,
+    Attend,
+    Error,
+    FetchPages,
+    Hello,
+    Layout,
+    Pages,
+    Ping,
+    Release,
+    Result,
+    Stats,
+    StorePages,
+    check_hello,
+)
 from wire import feed, joined
 
 EMPTY = np.empty(0, np.uint8)
@@ -69,6 +83,9 @@ messages = st.one_of(
     st.builds(Layout, slot=numbers, arrays=st.dictionaries(texts, tensors, max_size=3)),
     st.builds(Result, request_id=numbers, out=tensors, log_sum_exp=st.none() | tensors),
     st.builds(Release, pages=tensors),
+    st.builds(FetchPages, request_id=numbers, pages=tensors),
+    st.builds(Pages, request_id=numbers, arrays=st.lists(tensors, max_size=3).map(tuple)),
+    st.builds(StorePages, pages=tensors, arrays=st.lists(tensors, max_size=3).map(tuple)),
     st.builds(Stats, request_id=numbers, values=mappings),
     st.builds(Ping, token=numbers),
     st.builds(Error, request_id=numbers, kind=texts, text=texts),

@@ -17,7 +17,7 @@ import pytest
 
 import echo_worker
 from certificate import loopback_certificate
-from transport import Hello, Timing, WorkerClient, WorkerServer, connect
+from transport import MAX_PAGES_BYTES, Hello, Timing, WorkerClient, WorkerServer, connect
 from transport.errors import (
     AuthenticationError,
     ConnectionLostError,
@@ -85,6 +85,22 @@ def test_layouts_are_kept_by_slot_until_replaced(worker):
     client.layout(slot=64, arrays={})
     with pytest.raises(ConnectionLostError, match="a layout for slot 64; allowed: below 64"):
         kept(0)
+    client.close()
+
+
+def test_pages_are_fetched_and_stored_in_turn(worker):
+    client = worker.connect()
+    contents = np.random.default_rng(0).integers(0, 256, (3, 100_000)).astype(np.uint8)
+    client.store_pages(np.arange(3), (contents,))
+    client.store_pages(np.array([1]), (contents[:1],))
+    for pages, rows in (([2, 0], [2, 0]), ([1], [0])):
+        (array,) = client.fetch_pages(np.array(pages)).result(WAIT_S).arrays
+        np.testing.assert_array_equal(array, contents[rows])
+    with pytest.raises(RemoteError, match="KeyError: 7"):
+        client.fetch_pages(np.array([7])).result(WAIT_S)
+    client.store_pages(np.arange(1), (np.zeros((1, MAX_PAGES_BYTES + 1), np.uint8),))
+    with pytest.raises(ConnectionLostError, match="134217729 bytes of pages in a message; allowed: at most 134217728"):
+        client.stats().result(WAIT_S)
     client.close()
 
 
