@@ -65,7 +65,7 @@ def fold(program: Program, rows: int) -> Program:
         if not independent.issuperset(eqn.inputs):
             continue
         independent.update(eqn.outputs)
-        if _mixes(eqn, rows):
+        if _mixes(eqn, rows) and not _extends(eqn, rows):
             for value in (each for each in eqn.outputs if rows in each.shape):
                 array = constant_value(value, program)
                 assert array is not None
@@ -82,6 +82,17 @@ def _mixes(eqn: Equation, rows: int) -> bool:
     except PartitionError:
         return True
     return any(value.shape[axis] % rows == 0 for n, value in enumerate(eqn.inputs) for axis in axes.mixed_axes(n))
+
+
+def _extends(eqn: Equation, rows: int) -> bool:
+    """Whether a token axis gets further entries: what is made of it then is for `partition.extras` to split."""
+    (made, *_) = (output.shape for output in eqn.outputs)
+    return eqn.primitive in ("pad", "concatenate") and any(
+        before == rows != after
+        for value in eqn.inputs
+        if value.shape
+        for before, after in zip(value.shape, made, strict=True)
+    )
 
 
 def learn_captured(program_at: Callable[[int], Program], sizes: Sequence[int], max_rows: int) -> Captured:
