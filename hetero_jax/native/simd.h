@@ -116,7 +116,7 @@ HJ_INLINE vf exp_nonpositive(vf x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p, r * r, r + 1.0f);
-  vf result = cast<vf>(cast<vi>(p) + (cast<vi>(rounded) << 23));
+  vf result = cast<vf>(cast<vu>(p) + (cast<vu>(rounded) << 23));
 #if defined(__AVX512F__)
   __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
   return (vf)_mm512_mask_blend_ps(tiny, (__m512)result, _mm512_setzero_ps());
