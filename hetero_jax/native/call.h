@@ -38,7 +38,7 @@ struct Item {
   int32_t head_begin, head_end;
   int32_t tile_begin, tile_end;
   bool complete;  // covers every tile of its rows, so that it writes the output itself
-  bool leads;     // covers the first tiles of all its rows, so that it folds them itself
+  bool folds;     // complete, or covers the first tiles of all its rows: they become one partial
 };
 
 struct Call {

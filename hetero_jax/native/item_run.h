@@ -129,7 +129,7 @@ template <class T>
 class ItemRun {
  public:
   ItemRun(const Call& call, const Item& of)
-      : c(call), item(of), vectors((int)(of.num_rows * call.group)), folds(of.complete || of.leads) {
+      : c(call), item(of), vectors((int)(of.num_rows * call.group)) {
     const int heads = item.head_end - item.head_begin;
     const int pass = vectors < kPassVectors ? vectors : kPassVectors;
     const int64_t list_bytes = round_up(vectors * 4, kLine), vector_bytes = round_up(vectors * sizeof(Vector), kLine);
@@ -173,7 +173,7 @@ class ItemRun {
           pass_over(t, tile, heads[now], head, m0, vectors - m0 < kPassVectors ? vectors - m0 : kPassVectors);
       }
     }
-    if (!folds) return;
+    if (!item.folds) return;
     for (int head = item.head_begin; head < item.head_end; ++head) {
       const HeadState<T>& state = states[head - item.head_begin];
       for (int m = 0; m < vectors; ++m)
@@ -203,7 +203,7 @@ class ItemRun {
       state.vector[m] = {row.position, c.slopes ? c.slopes[query_head] : 0.0f, c.scale * unit};
       state.top[m] = kLowest, state.sum[m] = 0;
     }
-    if (folds) __builtin_memset(state.values, 0, vectors * c.v_pad * 4);
+    if (item.folds) __builtin_memset(state.values, 0, vectors * c.v_pad * 4);
   }
 
   // Vectors [m0, m0 + count) of a head over one tile.
@@ -235,7 +235,7 @@ class ItemRun {
       values_of<T, MR, columns_of(MR) / T::kAccRegisters>(c, in, begin, end, 0, weights + m * kWeights, sums.unit + m,
                                                           tile_values + m * c.v_pad, m0 + m == 0 ? &ahead : nullptr);
     });
-    if (!folds) {
+    if (!item.folds) {
       for (int m = 0; m < count; ++m) {
         const QueryRow& row = item.rows[(m0 + m) / c.group];
         if (t >= row.first_tile && t <= row.last_tile)
@@ -243,10 +243,10 @@ class ItemRun {
       }
       return;
     }
-    TileSums fold;
+    FoldWeights fold;
     fold_sums(count, state.top + m0, state.sum + m0, sums, &fold);
     for (int m = 0; m < count; ++m)
-      fold_values(c.v_pad, state.values + (m0 + m) * c.v_pad, fold.top[m], tile_values + m * c.v_pad, fold.sum[m]);
+      fold_values(c.v_pad, state.values + (m0 + m) * c.v_pad, fold.before[m], tile_values + m * c.v_pad, fold.tile[m]);
   }
 
   // Writes vector m's partial of a tile where `finish` will find it.
@@ -259,7 +259,6 @@ class ItemRun {
   const Call& c;
   const Item& item;
   const int vectors;  // of each head
-  const bool folds;   // its tiles, one after the other
   int64_t last_position = 0;
   Carve carve;
   HeadState<T>* states;

@@ -60,9 +60,9 @@ void add_rows(const Call& call, const Tables& tables, int64_t s, Plan* plan) {
   for (int64_t r = 0; r < count; ++r) {
     const int64_t position = context - count + r;
     const int64_t oldest = call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
-    plan->rows.push_back({static_cast<int32_t>(tables.first_row[s] + r), static_cast<int32_t>(position),
-                          static_cast<int32_t>(tile_of(call, oldest)), static_cast<int32_t>(tile_of(call, position)),
-                          static_cast<int32_t>(tile_of(call, oldest)), 0});
+    const int32_t first_tile = static_cast<int32_t>(tile_of(call, oldest));
+    plan->rows.push_back({static_cast<int32_t>(tables.first_row[s] + r), static_cast<int32_t>(position), first_tile,
+                          static_cast<int32_t>(tile_of(call, position)), first_tile, 0});
   }
 }
 
@@ -71,6 +71,7 @@ struct Span {
   int64_t sequence;  // whose page table: of the first row
   int64_t context;   // positions that every sequence of the rows holds
   int64_t begin, count, first, end;
+  bool complete = false, leads = false;  // covers every tile of its rows; the first tiles of all of them
 };
 
 // The sequences of a call as a tree of common prefixes: what several page tables begin with is passed over once, by the
@@ -167,7 +168,7 @@ std::vector<Span> cut(const Call& call, const std::vector<Span>& spans, int thre
   std::vector<Span> cuts;
   for (const Span& span : spans) {
     const int64_t tiles = span.end - span.first, wanted = (tiles * cost_of(call, span) + most - 1) / most;
-    const int64_t row_parts = std::max<int64_t>(1, std::min(wanted, span.count * call.group / kPassVectors));
+    const int64_t row_parts = std::max<int64_t>(1, std::min({wanted, span.count, span.count * call.group / kPassVectors}));
     const int64_t parts = std::min(tiles, (wanted + row_parts - 1) / row_parts);
     for (int64_t row = 0; row < row_parts; ++row)
       for (int64_t part = 0; part < parts; ++part) {
@@ -181,25 +182,22 @@ std::vector<Span> cut(const Call& call, const std::vector<Span>& spans, int thre
   return cuts;
 }
 
-// Whether a span covers the first tiles of all its rows.
-bool leads(const Span& span, const Plan& plan) {
-  const auto begin = plan.rows.begin() + span.begin;
-  return std::all_of(begin, begin + span.count, [&](const QueryRow& row) { return row.first_tile == span.first; });
-}
-
-// Which spans cover every tile of their rows and so write the output themselves. The rows of the others get places for
-// their partials and wait for all of their items.
-std::vector<bool> place_partials(const std::vector<Span>& spans, Plan* plan) {
-  auto rows_of = [&](const Span& span) { return plan->pending.begin() + span.begin; };
+// Finds the spans that cover every tile of their rows and so write the output themselves. The rows of the others get
+// places for their partials and wait for all of their items.
+void place_partials(std::vector<Span>* spans, Plan* plan) {
+  auto items_of = [&](const Span& span) { return plan->pending.begin() + span.begin; };
   plan->pending.assign(plan->rows.size(), 0);
-  for (const Span& span : spans) std::for_each_n(rows_of(span), span.count, [](int32_t& items) { ++items; });
-  std::vector<bool> complete, waits(plan->rows.size());
-  for (const Span& span : spans) {
-    complete.push_back(std::all_of(rows_of(span), rows_of(span) + span.count, [](int32_t items) { return items == 1; }));
-    if (complete.back()) continue;
+  for (const Span& span : *spans) std::for_each_n(items_of(span), span.count, [](int32_t& items) { ++items; });
+  std::vector<bool> waits(plan->rows.size());
+  for (Span& span : *spans) {
+    const auto rows = plan->rows.begin() + span.begin;
+    auto begins_here = [&](const QueryRow& row) { return row.first_tile == span.first; };
+    span.complete = std::all_of(items_of(span), items_of(span) + span.count, [](int32_t items) { return items == 1; });
+    span.leads = std::all_of(rows, rows + span.count, begins_here);
+    if (span.complete) continue;
     std::fill_n(waits.begin() + span.begin, span.count, true);
-    if (leads(span, *plan))
-      for (int64_t r = span.begin; r < span.begin + span.count; ++r) plan->rows[r].folded = static_cast<int32_t>(span.end);
+    if (span.leads)
+      std::for_each_n(rows, span.count, [&](QueryRow& row) { row.folded = static_cast<int32_t>(span.end); });
   }
   for (size_t r = 0; r < plan->rows.size(); ++r) {
     QueryRow& row = plan->rows[r];
@@ -210,12 +208,11 @@ std::vector<bool> place_partials(const std::vector<Span>& spans, Plan* plan) {
     row.partial = plan->partials - row.first_tile;
     plan->partials += row.last_tile - row.first_tile + 1;
   }
-  return complete;
 }
 
 // Where memory binds, one item takes all KV heads of a page, which are one run of memory; where arithmetic does, one
 // item per head, whose queries and values fit the cache.
-void add_items(const Call& call, const Tables& tables, const Span& span, bool complete, Plan* plan) {
+void add_items(const Call& call, const Tables& tables, const Span& span, Plan* plan) {
   const int64_t heads = cost_of(call, span) == 1 ? call.kv_heads : 1;
   for (int64_t head = 0; head < call.kv_heads; head += heads) {
     Item item{};
@@ -227,8 +224,8 @@ void add_items(const Call& call, const Tables& tables, const Span& span, bool co
     item.head_end = static_cast<int32_t>(head + heads);
     item.tile_begin = static_cast<int32_t>(span.first);
     item.tile_end = static_cast<int32_t>(span.end);
-    item.complete = complete;
-    item.leads = leads(span, *plan);
+    item.complete = span.complete;
+    item.folds = span.complete || span.leads;
     plan->items.push_back(item);
     plan->item_first.push_back(static_cast<int32_t>(span.begin));
   }
@@ -243,8 +240,8 @@ std::string make_plan(const Call& call, const Tables& tables, int threads, Plan*
   for (int64_t row = 0; row < call.rows; ++row)
     if (!taken[row]) plan->lone_rows.push_back(static_cast<int32_t>(row));
 
-  const std::vector<Span> spans = cut(call, Sharing(call, tables, plan).spans, threads);
-  const std::vector<bool> complete = place_partials(spans, plan);
+  std::vector<Span> spans = cut(call, Sharing(call, tables, plan).spans, threads);
+  place_partials(&spans, plan);
   std::vector<size_t> order(spans.size());
   std::iota(order.begin(), order.end(), 0);
   // Those that compute come first, and the longest of each kind.
@@ -253,7 +250,7 @@ std::string make_plan(const Call& call, const Tables& tables, int threads, Plan*
     return std::make_pair(cost == 1, -(spans[i].end - spans[i].first) * cost);
   };
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return key(a) < key(b); });
-  for (size_t i : order) add_items(call, tables, spans[i], complete[i], plan);
+  for (size_t i : order) add_items(call, tables, spans[i], plan);
   return "";
 }
 

@@ -137,14 +137,20 @@ static void softmax_row(const Call& c, const Tile& tile, const HeadTile& in, int
 
 static float exp_scalar(float x) { return exp_nonpositive(splat(x))[0]; }
 
-// (top, sum) of `count` vectors += those of a tile; what is left are the weights of the old values and the tile's.
-static void fold_sums(int count, float* top, float* sum, const TileSums& tile, TileSums* old_and_new) {
+// What the values so far and those of a tile count when they are added, a vector at each place.
+struct FoldWeights {
+  alignas(64) float before[kPassVectors];
+  alignas(64) float tile[kPassVectors];
+};
+
+// (top, sum) of `count` vectors += those of a tile.
+static void fold_sums(int count, float* top, float* sum, const TileSums& tile, FoldWeights* weights) {
   for (int m = 0; m < count; m += kWidth) {  // all arrays are padded to a register
     const vf before = load<vf>(top + m), now = load<vf>(tile.top + m), highest = max(before, now);
     const vf old_weight = exp_nonpositive(before - highest), new_weight = exp_nonpositive(now - highest);
     store(top + m, highest);
     store(sum + m, fma(load<vf>(sum + m), old_weight, load<vf>(tile.sum + m) * new_weight));
-    store(old_and_new->top + m, old_weight), store(old_and_new->sum + m, new_weight);
+    store(weights->before + m, old_weight), store(weights->tile + m, new_weight);
   }
 }
 
@@ -196,10 +202,11 @@ static void finish(const Call& c, const QueryRow& row, int head) {
     }
     for (int tile = row.folded; tile <= row.last_tile; ++tile) {
       const float* more = partial_of(c, row, tile, head) + g * stride;
-      TileSums sums, weights;
+      TileSums sums;
+      FoldWeights weights;
       store(sums.top, splat(more[c.v_pad])), store(sums.sum, splat(more[c.v_pad + 1]));
       fold_sums(1, top, sum, sums, &weights);
-      fold_values(c.v_pad, values, weights.top[0], more, weights.sum[0]);
+      fold_values(c.v_pad, values, weights.before[0], more, weights.tile[0]);
     }
     write_output(c, row.row, head * c.group + g, top[0], sum[0], values);
   }
