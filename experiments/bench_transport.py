@@ -14,7 +14,6 @@ import os
 import socket
 import ssl
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from experiments.certificate import loopback_certificate
 from experiments.echo_process import ECHO, SINK, process, serving_process
 from experiments.markdown import print_header, print_row
 from transport import Hello, connect
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     print_header(["protection", "bytes", "bare round trip", "round trip / bare", "bare GB/s", "throughput / bare"])
     with ExitStack() as stack:
         bare_port = stack.enter_context(process(_serve_bare))
-        certificates = _certificates(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        certificates = loopback_certificate(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         for name, (secret, tls) in _PROTECTIONS.items():
             port = stack.enter_context(serving_process(secret, certificates if tls else None))
             for size in map(int, _SIZES.value):
@@ -149,15 +149,6 @@ def _echo_bare(sock: socket.socket) -> None:
     buffer = memoryview(bytearray(int.from_bytes(header[1:], "little")))
     while _receive(sock, buffer):
         sock.sendall(buffer if header[0] == ECHO else b"\0")
-
-
-def _certificates(folder: Path) -> tuple[str, str]:
-    """Certificate and key for 127.0.0.1."""
-    certificate, key = str(folder / "certificate.pem"), str(folder / "key.pem")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    return certificate, key
 
 
 if __name__ == "__main__":

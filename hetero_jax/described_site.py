@@ -15,6 +15,7 @@ import numpy as np
 from hetero_jax.description import Description, natural, number, numbers, read_pool_kind
 from hetero_jax.errors import ConfigError
 from hetero_jax.exported_site import ExportedSite, ExportedSites, SiteExporter
+from hetero_jax.wire import WIRE_DTYPES
 from partition import AttentionSpec, PlannedSite, Value
 
 
@@ -47,6 +48,26 @@ class DescribedSite:
     def kernel_weights(self, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """As of `PlannedSite`."""
         return (jnp.asarray(self.sink_scores, jnp.float32),) if self.spec.has_sinks else ()
+
+    def unpack(self, sent: Sequence[np.ndarray], *, shares_pool: bool) -> tuple[list[np.ndarray], str]:
+        """Rows of the site's inputs as they travel, and their wire dtype, of the arrays in a message.
+
+        Args:
+          shares_pool: an earlier site keeps k and v.
+        Raises:
+          ConfigError: other arrays than these, or no wire dtype.
+        """
+        if len(sent) != (1 if shares_pool else 3):
+            allowed = "q alone, as an earlier site keeps k and v" if shares_pool else "q, k and v"
+            raise ConfigError(f"{len(sent)} arrays of rows; allowed for this site: {allowed}")
+        if (dtype := sent[0].dtype.name) not in WIRE_DTYPES:
+            raise ConfigError(f"rows of {dtype}; allowed: {', '.join(WIRE_DTYPES)}")
+        return list(sent), dtype
+
+    def pack(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """The array of a message, of the site's outputs as they travel."""
+        (output,) = outputs
+        return output
 
 
 def describe(

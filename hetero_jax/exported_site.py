@@ -51,19 +51,28 @@ class ExportedSite:
         """As of `PlannedSite`."""
         return self.pool
 
-    @functools.cached_property
-    def received(self) -> JoinedRows:
-        """Rows of its inputs."""
-        return JoinedRows.of(self.attention.inputs, self.wire_dtype)
-
-    @functools.cached_property
-    def answered(self) -> JoinedRows:
-        """Rows of its outputs."""
-        return JoinedRows.of(self.attention.outputs, self.wire_dtype)
-
     def kernel_weights(self, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """As of `PlannedSite`."""
         return tuple(jnp.asarray(array) for array in self.arrays)
+
+    def unpack(self, sent: Sequence[np.ndarray], *, shares_pool: bool) -> tuple[list[np.ndarray], str]:
+        """As of `DescribedSite`; all travels as one array, whatever is shared."""
+        del shares_pool
+        if len(sent) != 1:
+            raise ConfigError(f"{len(sent)} arrays of rows; allowed for this site: one, in which all are joined")
+        return self._received.split(sent[0]), self.wire_dtype
+
+    def pack(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
+        """As of `DescribedSite`."""
+        return self._answered.join(outputs)
+
+    @functools.cached_property
+    def _received(self) -> JoinedRows:
+        return JoinedRows.of(self.attention.inputs, self.wire_dtype)
+
+    @functools.cached_property
+    def _answered(self) -> JoinedRows:
+        return JoinedRows.of(self.attention.outputs, self.wire_dtype)
 
 
 class SiteExporter:

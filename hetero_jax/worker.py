@@ -16,7 +16,7 @@ from hetero_jax.described_site import DescribedSite, read_descriptions
 from hetero_jax.endpoint import split_address, worker_tls
 from hetero_jax.errors import ConfigError
 from hetero_jax.exported_site import ExportedSite
-from hetero_jax.wire import WIRE_DTYPES, from_wire, to_wire
+from hetero_jax.wire import from_wire, to_wire
 from transport import (
     MAX_PAGES_BYTES,
     Attend,
@@ -69,20 +69,17 @@ class TierHandler(Handler):
         assert self._tier is not None, "attends follow a hello"
         if not 0 <= attend.site < self._tier.num_sites:
             raise ConfigError(f"site {attend.site}; allowed: below {self._tier.num_sites}")
-        site = self._sites[attend.site]
-        rows_sent = self._rows_sent(attend)
         if attend.layout not in self._layouts:
             raise ConfigError(f"an attend with layout {attend.layout}; allowed: one that was sent before")
+        site = self._sites[attend.site]
+        sent = [array for array in (attend.q, attend.k, attend.v) if array is not None]
+        arrays, dtype = site.unpack(sent, shares_pool=self._tier.shares_pool[attend.site])
         began_ns = time.monotonic_ns()
-        wired = [jax.device_put(array, self._tier.device) for array in rows_sent]
-        dtype = site.wire_dtype if isinstance(site, ExportedSite) else wired[0].dtype.name
-        if dtype not in WIRE_DTYPES:
-            raise ConfigError(f"rows of {dtype}; allowed: {', '.join(WIRE_DTYPES)}")
+        wired = [jax.device_put(array, self._tier.device) for array in arrays]
         rows = from_wire(wired, "float32") if dtype == "int8" else wired
-        out = self._tier.attend(attend.site, self._layouts[attend.layout], rows)
-        answers = [np.asarray(answer) for answer in to_wire(out, dtype)]
-        found = site.answered.join(answers) if isinstance(site, ExportedSite) else answers[0]
-        return Result(request_id=attend.request_id, out=found, began_ns=began_ns, ended_ns=time.monotonic_ns())
+        outputs = to_wire(self._tier.attend(attend.site, self._layouts[attend.layout], rows), dtype)
+        out = site.pack([np.asarray(output) for output in outputs])
+        return Result(request_id=attend.request_id, out=out, began_ns=began_ns, ended_ns=time.monotonic_ns())
 
     def release(self, release: Release) -> None:
         """As Handler: nothing, as the engine gives pages away again itself."""
@@ -105,18 +102,6 @@ class TierHandler(Handler):
         if self._tier is None:
             return {"pool_bytes": 0, "page_format": ""}
         return {"pool_bytes": self._tier.pool_bytes, "page_format": self._tier.page_format}
-
-    def _rows_sent(self, attend: Attend) -> list[np.ndarray]:
-        assert self._tier is not None, "attends follow a hello"
-        site = self._sites[attend.site]
-        arrays = [array for array in (attend.q, attend.k, attend.v) if array is not None]
-        is_joined = isinstance(site, ExportedSite)
-        allowed = 1 if is_joined or self._tier.shares_pool[attend.site] else 3
-        if len(arrays) != allowed:
-            why = "they travel as one" if is_joined else "an earlier site keeps k and v"
-            what = f"q alone, as {why}" if allowed == 1 else "q, k and v"
-            raise ConfigError(f"{len(arrays)} arrays of rows for site {attend.site}; allowed: {what}")
-        return site.received.split(arrays[0]) if isinstance(site, ExportedSite) else arrays
 
     def _make_tier(self, hello: Hello) -> AttentionTier:
         allow = self._allow_exported_sites

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hetero_jax as hj
-from certificate import loopback_certificate
+from experiments.certificate import loopback_certificate
 from golden import first_difference, golden_rows
 from hetero_jax.cli import main
 from small_model import SmallModel

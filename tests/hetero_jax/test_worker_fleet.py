@@ -38,11 +38,12 @@ def _children(pid: int) -> list[int]:
     return [child for child, parent in _parents().items() if parent == pid]
 
 
-def _until(condition) -> None:
+def _becomes(condition) -> bool:
+    """Whether it holds before long."""
     end_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end_s
+    while not condition() and time.monotonic() < end_s:
         time.sleep(0.05)
+    return bool(condition())
 
 
 @needs_proc
@@ -59,7 +60,7 @@ def test_local_workers_are_pinned_apart_started_again_when_they_die_and_end_with
     assert run(engine) == undisturbed()
     assert set(_children(os.getpid())) - before - {workers[0]}
     del engine
-    _until(lambda: set(_children(os.getpid())) <= before)
+    assert _becomes(lambda: set(_children(os.getpid())) <= before)
 
 
 @needs_proc
@@ -69,10 +70,10 @@ def test_local_workers_end_with_a_killed_engine(tmp_path):
     command = [sys.executable, "-m", "hetero_jax", "generate", "--model=random:tiny", "--local_workers=1", *files]
     engine = subprocess.Popen([*command, "--kv_cache_bytes=1M", "--max_model_len=64"], stderr=subprocess.DEVNULL)
     workers: list[int] = []
-    _until(lambda: workers.extend(_children(engine.pid)) or workers)
+    assert _becomes(lambda: workers.extend(_children(engine.pid)) or workers)
     engine.kill()
     engine.wait()
-    _until(lambda: not _parents().keys() & set(workers))
+    assert _becomes(lambda: not _parents().keys() & set(workers))
 
 
 def test_cores_are_shared_out_evenly(monkeypatch):

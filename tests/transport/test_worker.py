@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import echo_worker
-from certificate import loopback_certificate
+from experiments.certificate import loopback_certificate
 from transport import MAX_PAGES_BYTES, Hello, Timing, WorkerClient, WorkerServer, connect
 from transport.errors import (
     AuthenticationError,

@@ -1,4 +1,4 @@
-"""A certificate for tests of TLS."""
+"""A certificate to try TLS with."""
 
 from __future__ import annotations
 
