@@ -13,12 +13,14 @@ import pytest
 
 import hetero_jax as hj
 import zoo_attention as zoo
+from fault_job import wait_for_drain
 from hetero_jax.described_site import describe, read_descriptions
 from hetero_jax.errors import ConfigError, WorkerError
 from hetero_jax.exported_attention import MAX_PROGRAM_BYTES
 from hetero_jax.joined_rows import JoinedRows
 from hetero_jax.worker import make_server
 from small_model import SmallModel
+from transport import WorkerServer
 
 SECRET = b"a secret of this job"
 PROMPTS = [[1, 2, 3], list(range(9))]
@@ -34,15 +36,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:the attention opened at")
 
 
 @contextlib.contextmanager
-def _worker(**options) -> Iterator[str]:
+def _server(**options) -> Iterator[WorkerServer]:
     server = make_server(listen="127.0.0.1:0", kv_cache_bytes=1 << 18, **options)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield "{}:{}".format(*server.address)
+        yield server
     finally:
         server.stop()
         thread.join()
+
+
+def _address(server: WorkerServer) -> str:
+    return "{}:{}".format(*server.address)
+
+
+@contextlib.contextmanager
+def _worker(**options) -> Iterator[str]:
+    with _server(**options) as server:
+        yield _address(server)
 
 
 @pytest.fixture
@@ -74,6 +86,33 @@ def test_a_worker_runs_programs_that_give_the_tokens_of_the_plain_model(name, se
         engine = hj.Engine(plan, _config(workers=(address,), secret_file=secret_file))
         assert _tokens(engine) == _expected(model)
         del engine  # which ends its session
+
+
+def test_pools_of_programs_move_from_a_draining_worker(secret_file):
+    model, counts = MODELS["several outputs"], [2, 14, 12]
+    params = model.params()
+    requests = [
+        hj.Request(
+            id=str(count),
+            prompt_token_ids=(1, 2, count),
+            sampling_params=hj.SamplingParams(max_tokens=count, temperature=0, ignore_eos=True),
+        )
+        for count in counts
+    ]
+    options = {"secret": SECRET, "allow_exported_sites": True}
+    with _server(**options) as leaving, _server(**options) as stays:
+        workers = (_address(leaving), _address(stays))
+        engine = hj.Engine(hj.partition(model, params, max_rows=64), _config(workers=workers, secret_file=secret_file))
+        found = {}
+        for each in engine.generate(requests):
+            found[each.id] = list(each.token_ids)
+            if len(found) == 1:
+                leaving.drain("a test")
+                wait_for_drain(engine)
+        assert engine.stats.sequences_moved > 0
+        assert engine.stats.rows_computed == sum(3 + count - 1 for count in counts)  # none twice
+        assert found == {str(count): model.greedy(params, [1, 2, count], count) for count in counts}
+        del engine
 
 
 def test_local_workers_run_the_programs_of_the_engine_that_started_them():

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import functools
-import time
 
 import numpy as np
 import pytest
 
 import hetero_jax as hj
-from fault_job import REQUESTS, engine_of, plan, run, undisturbed
+from fault_job import REQUESTS, WAIT_S, engine_of, plan, run, undisturbed, wait_for_drain
 from hetero_jax import worker, worker_session
 from hetero_jax.errors import ConfigError
 from transport import FetchPages, Pages, StorePages
 from worker_process import worker_process
 from worker_thread import ThreadWorker
 
-WAIT_S = 60  # for what must happen; nothing here is timed
 ROWS = sum(len(each.prompt_token_ids) + each.sampling_params.max_tokens - 1 for each in REQUESTS)  # each once
-
-
-def _drained(engine: hj.Engine) -> None:
-    """Wait until the engine has heard of it."""
-    end_s = time.monotonic() + WAIT_S
-    while not any(session.draining for session in engine._fleet.sessions.values()):
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def test_sigterm_of_a_workers_process_moves_its_pages():
@@ -38,7 +28,7 @@ def test_sigterm_of_a_workers_process_moves_its_pages():
         def leave(count: int) -> None:
             if count == 2:
                 process.terminate()
-                _drained(engine)
+                wait_for_drain(engine)
 
         assert run(engine, leave) == undisturbed()
         assert process.wait(WAIT_S) == 0
@@ -52,7 +42,7 @@ def _run_and_drain(leaving: ThreadWorker, *others: ThreadWorker) -> hj.Engine:
     def leave(count: int) -> None:
         if count == 6:  # what is left has more than one page
             leaving.server.drain("a test")
-            _drained(engine)
+            wait_for_drain(engine)
 
     assert run(engine, leave) == undisturbed()
     return engine

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 
 import hetero_jax as hj
 from small_model import SmallModel
 
+WAIT_S = 60  # for what must happen; nothing here is timed
 REQUESTS = [
     hj.Request(
         id=str(n),
@@ -45,3 +47,11 @@ def undisturbed() -> dict[str, tuple[int, ...]]:
 def engine_of(*workers: str, **config) -> hj.Engine:
     """An engine whose rows keep their bits on the way to its workers."""
     return hj.Engine(plan(), hj.EngineConfig(workers=workers, wire_dtype="float32", page_size=16, **config))
+
+
+def wait_for_drain(engine: hj.Engine) -> None:
+    """Until the engine has heard that a worker is about to leave."""
+    end_s = time.monotonic() + WAIT_S
+    while not any(session.draining for session in engine._fleet.sessions.values()):
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
