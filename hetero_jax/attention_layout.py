@@ -11,6 +11,8 @@ import numpy as np
 # Rows of one prefill tile; a longer chunk is several tiles, so that a call's shapes stay few.
 TILE_ROWS = 64
 
+NOWHERE = np.iinfo(np.int32).max  # a slot past any pool
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class AttentionLayout:
     first_row: [S] its first row in the call; its rows are consecutive.
     num_rows: [S] its rows in the call; 0 for padding.
     context: [S] positions cached once this call's rows are appended; the last row is at position context - 1.
-    row_slot: [R] where each row's key and value go, page * page_size + offset; past the pool for padding.
+    row_slot: [R] where each row's key and value go, page * page_size + offset; NOWHERE for padding.
     decode: [A] sequences with one row; padded with S - 1, which is always a padding sequence.
     tile_sequence, tile_offset: [B] sequences with several rows, cut into tiles of TILE_ROWS from row `offset` on.
     """

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetero_jax import attention, native_attention, pool_pages, traced_attention
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import NOWHERE, AttentionLayout
 from hetero_jax.described_site import DescribedSite
 from hetero_jax.devices import are_ready, land, start_copy
 from hetero_jax.errors import ConfigError
@@ -22,8 +22,6 @@ from hetero_jax.exported_attention import ExportedAttention
 from hetero_jax.exported_site import ExportedSite
 from hetero_jax.tracing import TIER2, Trace
 from partition import PlannedSite, Value
-
-_NOWHERE = jnp.iinfo(jnp.int32).max  # a slot past any pool
 
 
 class SiteKernel(Protocol):
@@ -222,7 +220,7 @@ class _SpecKernel:
         if not kv:
             kv, layout = (
                 self._nothing(q),
-                dataclasses.replace(layout, row_slot=jnp.full_like(layout.row_slot, _NOWHERE)),
+                dataclasses.replace(layout, row_slot=jnp.full_like(layout.row_slot, NOWHERE)),
             )
         pool, out = self._module.paged_attention(pool, q, *kv, layout, self._spec, sinks=sinks)
         return pool, (out,)

@@ -264,7 +264,6 @@ class Engine:
             batch,
             lambda seq_id, start, length: self._sequences[seq_id].known(start, length),
             page_size=self.config.page_size,
-            num_pages=self._attention.num_pages,
         )
         return Walk(self._tiers, rows, [self._sequences[seq_id].row_sampling() for seq_id in rows.samplers])
 

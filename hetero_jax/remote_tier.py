@@ -17,7 +17,7 @@ from hetero_jax.rows import select
 from hetero_jax.tracing import Trace
 from hetero_jax.wire import from_wire, to_wire, wired_shape
 from hetero_jax.worker_fleet import WorkerFleet
-from hetero_jax.worker_session import Call, Share, WorkerSession
+from hetero_jax.worker_session import Call, Share
 from partition import PlannedSite, Port
 
 
@@ -82,16 +82,12 @@ class RemoteTier:
     Args:
       sites: of the plan.
       fleet: the workers.
-      page_size: of their pools.
       wire_dtype: one of WIRE_DTYPES.
       tier1: where rows are before they leave and when they are back.
     """
 
-    def __init__(
-        self, sites: Sequence[PlannedSite], fleet: WorkerFleet, *, page_size: int, wire_dtype: str, tier1: Any
-    ) -> None:
-        self._fleet, self._page_size = fleet, page_size
-        self._tier1, self._wire_dtype = tier1, wire_dtype
+    def __init__(self, sites: Sequence[PlannedSite], fleet: WorkerFleet, *, wire_dtype: str, tier1: Any) -> None:
+        self._fleet, self._tier1, self._wire_dtype = fleet, tier1, wire_dtype
         self.waited_s = 0.0
         self._host = jax.local_devices(backend="cpu")[0]
         self._sites = tuple(sites)
@@ -120,7 +116,7 @@ class RemoteTier:
         """Each worker's part of the call. pools: of each sequence of the layout, without padding."""
         homes = np.asarray(pools)
         return [
-            self._share(session, layout, np.flatnonzero(homes == pool))
+            session.place(*select(layout, np.flatnonzero(homes == pool)))
             for pool, session in self._fleet.sessions.items()
             if pool in pools
         ]
@@ -177,7 +173,3 @@ class RemoteTier:
 
     def _rows(self, ports: Sequence[Port]) -> JoinedRows:
         return JoinedRows.of([(port.layout.inner, port.value.dtype) for port in ports], self._wire_dtype)
-
-    def _share(self, session: WorkerSession, layout: AttentionLayout, chosen: np.ndarray) -> Share:
-        rows, part = select(layout, chosen, num_pages=session.num_pages, page_size=self._page_size)
-        return session.place(rows, part)

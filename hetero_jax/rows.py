@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetero_jax.attention_layout import TILE_ROWS, AttentionLayout, slots_of
+from hetero_jax.attention_layout import NOWHERE, TILE_ROWS, AttentionLayout, slots_of
 from hetero_jax.scheduler_types import Batch, Chunk
 
 # XLA CPU multiplies a single row by another routine, with other bits; from 2 rows on a row's bits do not depend on
@@ -40,9 +40,7 @@ def bucket(count: int, smallest: int = 1) -> int:
     return 0 if count == 0 else max(smallest, 1 << (count - 1).bit_length())
 
 
-def pack(
-    batch: Batch, known_tokens: Callable[[int, int, int], Sequence[int]], *, page_size: int, num_pages: int
-) -> PackedRows:
+def pack(batch: Batch, known_tokens: Callable[[int, int, int], Sequence[int]], *, page_size: int) -> PackedRows:
     """Arrays of a microbatch.
 
     Args:
@@ -52,7 +50,7 @@ def pack(
     rows = bucket(batch.num_rows, _SMALLEST_BUCKET)
     tokens = np.zeros(rows, np.int32)
     positions = np.zeros(rows, np.int32)
-    slots = np.full(rows, num_pages * page_size, np.int32)
+    slots = np.full(rows, NOWHERE, np.int32)
     starts = np.cumsum([0, *(chunk.length for chunk in chunks)])
     for chunk, first in zip(chunks, starts, strict=False):
         span = slice(first, first + chunk.length)
@@ -85,13 +83,11 @@ def _layout(chunks: Sequence[Chunk], starts: np.ndarray, slots: np.ndarray) -> A
     return _with_tiles(page_table, first_row, num_rows, context, slots)
 
 
-def select(
-    layout: AttentionLayout, chosen: np.ndarray, *, num_pages: int, page_size: int
-) -> tuple[np.ndarray, AttentionLayout]:
+def select(layout: AttentionLayout, chosen: np.ndarray) -> tuple[np.ndarray, AttentionLayout]:
     """Rows of some sequences, and a layout of these alone.
 
     Args:
-      chosen: [m] sequences of the layout, all in one pool of `num_pages`.
+      chosen: [m] sequences of the layout, all in one pool.
     Returns:
       [n] rows of the call, and the layout of a call of bucket(n) rows.
     """
@@ -103,7 +99,7 @@ def select(
     num_rows[here], context[here] = layout.num_rows[chosen], layout.context[chosen]
     first_row[here] = np.cumsum(num_rows[here]) - num_rows[here]
     rows = np.concatenate([np.arange(0), *(layout.first_row[i] + np.arange(layout.num_rows[i]) for i in chosen)])
-    slots = np.full(bucket(len(rows), _SMALLEST_BUCKET), num_pages * page_size, np.int32)
+    slots = np.full(bucket(len(rows), _SMALLEST_BUCKET), NOWHERE, np.int32)
     slots[: len(rows)] = layout.row_slot[rows]
     return rows, _with_tiles(page_table, first_row, num_rows, context, slots)
 

@@ -51,7 +51,6 @@ class CachedDecoder:
             Batch(0, chunks),
             lambda seq, start, length: self.sequences[seq][start : start + length],
             page_size=PAGE_SIZE,
-            num_pages=self.tiers.attention.num_pages,
         )
         dense, values = self.tiers.dense, {}
         tokens, positions = dense.place(rows.tokens), dense.place(rows.positions)
