@@ -19,15 +19,17 @@ The rules, in the order in which `schedule()` applies them:
 4. Nobody is admitted while a running sequence lacks a page, nor when the pages left would not let every running
    sequence finish its prompt and open one more page.
 
-There may be several pools, one of each worker. A sequence lives in one of them, chosen when it is admitted: the one
-with most pages left. Rules 3 and 4 then hold within its pool. Pools come and go (`apply`):
+There may be several pools, one of each worker. A sequence lives in one of them, which `hetero_jax/pools.py` chooses by
+pages and speed. Rules 3 and 4 then hold within its pool. Pools come and go (`apply`):
 
 - A lost pool takes all that was computed in it: its sequences wait again with the tokens that they have, before all
   that never ran. Those in flight do so when their microbatch is back, which gives them nothing (`lost_in`); the other
   sequences of the microbatch are not touched, as no row depends on another's.
 - A draining pool takes no new sequences. Those that it has leave it once they are not in flight, as soon as another
-  pool could hold them (`leave_draining_pools`): they move, with what is computed, to one of the same page format that
-  has room now, and otherwise wait again.
+  pool could hold them (`migrate`): they move, with what is computed, to one of the same page format that has room now,
+  and otherwise wait again.
+- Pools out of balance exchange running sequences (`migrate` too), one at a time, where no sequence waits that could
+  start and balance them.
 - A sequence that no pool can hold is set aside until one joins that can.
 
 Where every site has a sliding window, pages that no later row sees are free as soon as their microbatch is back, so a
@@ -44,8 +46,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 from hetero_jax.errors import CapacityError, RequestError
-from hetero_jax.pages import PageAllocator, pages_for
-from hetero_jax.scheduler_state import Draft, Pool, ScheduledSequence, WaitingLine, arrival
+from hetero_jax.pages import pages_for
+from hetero_jax.pools import Pools
+from hetero_jax.scheduler_state import Draft, ScheduledSequence, WaitingLine, arrival
 from hetero_jax.scheduler_types import (
     Batch,
     Chunk,
@@ -54,6 +57,7 @@ from hetero_jax.scheduler_types import (
     PoolEvent,
     PoolJoined,
     PoolLost,
+    PoolMeasured,
     SchedulerConfig,
 )
 
@@ -67,8 +71,7 @@ class Scheduler:
         self.num_microbatches = config.num_microbatches  # may be changed at any time
         self.num_preemptions = 0
         self.num_replays = 0  # residencies that ended with their pool
-        self._pools: dict[int, Pool] = {}
-        self._largest_pool = 0  # pages, of all that ever joined
+        self._pools = Pools(config)
         self._sequences: dict[int, ScheduledSequence] = {}  # all unfinished ones
         self._waiting = WaitingLine()
         self._decode_ready: OrderedDict[int, ScheduledSequence] = OrderedDict()  # least recently stepped first
@@ -78,7 +81,7 @@ class Scheduler:
         self._num_added = 0
         self._num_batches = 0
         for number, num_pages in pools.items():
-            self._join(PoolJoined(number, num_pages))
+            self.apply(PoolJoined(number, num_pages))
 
     @property
     def num_waiting(self) -> int:
@@ -90,11 +93,11 @@ class Scheduler:
 
     @property
     def pages_used(self) -> int:
-        return sum(pool.pages.num_used for pool in self._pools.values())
+        return self._pools.pages_used
 
     @property
     def pages_total(self) -> int:
-        return sum(pool.pages.num_pages for pool in self._pools.values())
+        return self._pools.pages_total
 
     @property
     def has_unfinished(self) -> bool:
@@ -103,32 +106,32 @@ class Scheduler:
     @property
     def drained_pools(self) -> list[int]:
         """Draining pools that nothing is left in."""
-        return [pool.number for pool in self._pools.values() if pool.draining and pool.num_running == 0]
+        return self._pools.drained
 
     def apply(self, event: PoolEvent) -> None:
-        """A pool joins, begins to drain, or is gone."""
+        """A pool joins, is measured, begins to drain, or is gone."""
         match event:
             case PoolJoined():
-                self._join(event)
+                self._pools.join(event)
+                self._waiting.take_up(self._pools.has_home)
+            case PoolMeasured(number, speed):
+                self._pools.measure(number, speed)
             case PoolDraining(number):
-                self._pools[number].draining = True
+                self._pools.drain(number)
             case PoolLost(number):
-                pool = self._pools.pop(number)
-                pool.lost = True
+                pool = self._pools.lose(number)
                 self._replay(seq for seq in self._idle() if seq.pool is pool)
 
-    def leave_draining_pools(self) -> list[Move]:
-        """Idle sequences leave draining pools. To be called before `schedule`.
+    def migrate(self) -> list[Move]:
+        """Idle sequences leave draining pools, and balance the others. To be called before `schedule`.
 
         The driver copies pages as the moves say, before it begins anything that was scheduled later; where that fails,
         it calls `replay`.
         """
-        if not any(pool.draining for pool in self._pools.values()):
-            return []
-        leaving = [seq for seq in self._idle() if seq.home.draining and self._has_home(seq)]
-        targets = [(seq, self._move(seq)) for seq in leaving]
-        self._replay(seq for seq, move in targets if move is None)
-        return [move for _, move in targets if move is not None]
+        moves = self._leave_draining_pools() if self._pools.any_draining else []
+        may_start = self._waiting and self._num_running < self.config.max_num_seqs
+        move = None if may_start else self._pools.rebalance(self._idle())
+        return moves if move is None else [*moves, move]
 
     def replay(self, seq_id: int) -> None:
         """The pages of an idle sequence could not be copied: it waits again, with the tokens that it has."""
@@ -156,9 +159,9 @@ class Scheduler:
         if positions > config.max_model_len:
             raise CapacityError(f"{wanted}; allowed: <= {config.max_model_len} (max_model_len)")
         most = config.most_pages(positions)
-        if 0 < self._largest_pool < most:
+        if 0 < self._pools.largest < most:
             raise CapacityError(
-                f"{wanted}, {most} pages of {config.page_size} at once; allowed: <= {self._largest_pool} pages "
+                f"{wanted}, {most} pages of {config.page_size} at once; allowed: <= {self._pools.largest} pages "
                 "(the whole pool)"
             )
 
@@ -166,7 +169,9 @@ class Scheduler:
         """Puts a sequence at the end of the waiting queue. Raises what `check` raises."""
         assert seq_id not in self._sequences, f"sequence {seq_id} is already scheduled"
         self.check(num_prompt_tokens, max_tokens)
-        seq = ScheduledSequence(seq_id, self._num_added, num_prompt_tokens, num_prompt_tokens + max_tokens)
+        most = num_prompt_tokens + max_tokens
+        sees = self.config.window or self.config.max_model_len
+        seq = ScheduledSequence(seq_id, self._num_added, num_prompt_tokens, most, sees)
         self._num_added += 1
         self._sequences[seq_id] = seq
         self._waiting.append(seq)
@@ -199,7 +204,7 @@ class Scheduler:
                 self._replay([seq])
                 continue
             seq.computed += chunk.length
-            seq.known += chunk.samples
+            seq.learn(chunk.samples)
             if seq.aborted or (chunk.samples and finished.get(seq.seq_id, False)):
                 self._release(seq)
                 del self._sequences[seq.seq_id]
@@ -226,26 +231,11 @@ class Scheduler:
 
     # --- pools
 
-    def _join(self, joined: PoolJoined) -> None:
-        assert joined.pool not in self._pools, f"pool {joined.pool} is there already"
-        self._pools[joined.pool] = Pool(joined.pool, PageAllocator(joined.num_pages), joined.page_format)
-        self._largest_pool = max(self._largest_pool, joined.num_pages)
-        self._waiting.take_up(self._has_home)
-
-    def _homes(self, seq: ScheduledSequence) -> list[Pool]:
-        """Pools that can hold the whole sequence, now or later."""
-        most = self.config.most_pages(seq.max_known - 1)
-        return [pool for pool in self._pools.values() if not pool.draining and pool.pages.num_pages >= most]
-
-    def _has_home(self, seq: ScheduledSequence) -> bool:
-        return bool(self._homes(seq))
-
-    def _move(self, seq: ScheduledSequence) -> Move | None:
-        """Moves a sequence to the pool with most room that takes its pages now; None where none does."""
-        page_format = seq.home.page_format
-        alike = [pool for pool in self._homes(seq) if page_format and pool.page_format == page_format]
-        pool = _roomiest(alike, len(seq.held) + seq.promised)
-        return None if pool is None else seq.move(pool)
+    def _leave_draining_pools(self) -> list[Move]:
+        leaving = [seq for seq in self._idle() if seq.home.draining and self._pools.has_home(seq)]
+        targets = [(seq, self._pools.move(seq)) for seq in leaving]
+        self._replay(seq for seq, move in targets if move is None)
+        return [move for _, move in targets if move is not None]
 
     def _replay(self, sequences: Iterable[ScheduledSequence]) -> None:
         """Sequences leave their pools for good: they are prefilled again from what they know."""
@@ -280,11 +270,11 @@ class Scheduler:
             if draft.short_of_pages or self._is_full(draft):
                 return
             seq = self._waiting.first
-            if not self._has_home(seq):
+            if not self._pools.has_home(seq):
                 self._waiting.set_first_aside()
                 continue
             needed = self.config.most_pages(seq.known)
-            pool = _roomiest(self._homes(seq), needed)
+            pool = self._pools.find_room(seq, needed)
             if pool is None:
                 return
             self._waiting.pop_first()
@@ -392,9 +382,3 @@ class Scheduler:
         seq.leave()
         seq.computed = 0
         self._num_running -= 1
-
-
-def _roomiest(homes: Iterable[Pool], needed: int) -> Pool | None:
-    """The pool with most room of those that let a sequence in now that needs so many pages; None where none does."""
-    open_now = [pool for pool in homes if pool.num_running == 0 or needed <= pool.room]
-    return max(open_now, key=lambda pool: pool.room, default=None)

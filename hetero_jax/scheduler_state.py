@@ -20,6 +20,8 @@ class Pool:
     page_format: str = ""
     num_running: int = 0
     promised: int = 0  # sum over its running sequences
+    load: int = 0  # KV positions that one decode row of each of its running sequences attends to
+    speed: float | None = None  # KV positions that its worker attends to in a second; None: not measured
     draining: bool = False
     lost: bool = False
 
@@ -37,11 +39,13 @@ class ScheduledSequence:
     arrival: int  # order of add(); the smaller, the stronger the claim on pages
     known: int  # prompt + generated tokens
     max_known: int
+    sees: int  # most positions that a row attends to
     pool: Pool | None = None  # of its pages, while it runs
     computed: int = 0  # positions whose KV is written
     pages: tuple[int, ...] = ()
     num_freed: int = 0  # first entries of `pages` that are behind the window and no longer its own
     promised: int = 0  # pages that the tokens known at admission still need
+    moved_at: int | None = None  # what it knew when it last went from one pool to another
     aborted: bool = False  # ended while in flight; its pages are freed when the microbatch is back
 
     @property
@@ -55,16 +59,34 @@ class ScheduledSequence:
         """Pages that are its own."""
         return self.pages[self.num_freed :]
 
+    @property
+    def reads(self) -> int:
+        """Positions that its next decode row attends to."""
+        return min(self.known, self.sees)
+
+    @property
+    def tokens_left(self) -> int:
+        """At most so many tokens are still to be generated."""
+        return self.max_known - self.known
+
+    def learn(self, num_tokens: int) -> None:
+        """Tokens that were generated while it runs."""
+        before = self.reads
+        self.known += num_tokens
+        self.home.load += self.reads - before
+
     def enter(self, pool: Pool, promised: int) -> None:
         """Begins to run in a pool, without pages yet."""
         self.pool, self.promised = pool, promised
         pool.promised += promised
+        pool.load += self.reads
         pool.num_running += 1
 
     def leave(self) -> None:
         """Ends to run in its pool, which gets its pages back."""
         self.home.pages.free(self.held)
         self.home.promised -= self.promised
+        self.home.load -= self.reads
         self.home.num_running -= 1
         self.pool, self.pages, self.num_freed, self.promised = None, (), 0, 0
 
@@ -76,6 +98,7 @@ class ScheduledSequence:
         new = pool.pages.allocate(len(old))
         assert new is not None, f"pool {pool.number} lacks pages for sequence {self.seq_id}"
         self.pages, self.num_freed = (*new[-1:] * num_freed, *new), num_freed
+        self.moved_at = self.known
         return Move(self.seq_id, source, old, pool.number, tuple(new))
 
 

@@ -59,7 +59,15 @@ class PoolLost:
     pool: int
 
 
-PoolEvent = PoolJoined | PoolDraining | PoolLost
+@dataclass(frozen=True, slots=True)
+class PoolMeasured:
+    """How fast a pool's worker is: KV positions that it attends to in a second, of any one site."""
+
+    pool: int
+    speed: float
+
+
+PoolEvent = PoolJoined | PoolDraining | PoolMeasured | PoolLost
 
 
 @dataclass(frozen=True, slots=True)

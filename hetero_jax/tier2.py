@@ -61,7 +61,7 @@ def _make_fleet(
             sites=sites,
             artifacts=artifacts,
         )
-        return WorkerSession(address, hello, secret, tls, step_timeout_s=config.step_timeout_s)
+        return WorkerSession(address, hello, secret, tls, step_timeout_s=config.step_timeout_s, window=plan.window)
 
     secret, tls = read_secret(config.secret_file), engine_tls(config.tls_ca)
     return WorkerFleet(

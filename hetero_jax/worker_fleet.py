@@ -75,7 +75,7 @@ class WorkerFleet:
 
     def _move(self, scheduler: Scheduler) -> None:
         num_replays = scheduler.num_replays
-        moves = scheduler.leave_draining_pools()
+        moves = scheduler.migrate()
         for move in moves:
             source, target = self.sessions[move.source], self.sessions[move.target]
             if source.copy_pages(move.source_pages, target, move.target_pages):

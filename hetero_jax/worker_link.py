@@ -9,11 +9,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from hetero_jax.errors import HeteroJaxError
-from hetero_jax.scheduler_types import PoolDraining, PoolEvent, PoolJoined, PoolLost
+from hetero_jax.scheduler_types import PoolDraining, PoolEvent, PoolJoined, PoolLost, PoolMeasured
 from hetero_jax.worker_session import WorkerSession
 
 _logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
+_NEWS = 0.05  # a speed that differs from what was told by less is not
 
 
 class WorkerLink:
@@ -33,6 +34,7 @@ class WorkerLink:
         self._attempt: Future[WorkerSession] | None = None
         self._retry_at_s = 0.0
         self._draining = False
+        self._told_speed = 0.0
         self._complained = False  # once an outage
 
     @property
@@ -60,6 +62,10 @@ class WorkerLink:
             self._draining = True
             _logger.warning("worker %s is about to leave, its sequences move to others", self.name)
             return PoolDraining(self.pool)
+        speed = self.session.speed
+        if speed is not None and abs(speed - self._told_speed) > _NEWS * self._told_speed:
+            self._told_speed = speed
+            return PoolMeasured(self.pool, speed)
         return None
 
     def let_go(self) -> PoolLost:
@@ -67,7 +73,8 @@ class WorkerLink:
         return self._lose()
 
     def _begin(self, session: WorkerSession) -> PoolJoined:
-        self.session, self.pool, self._draining, self._complained = session, self._take_number(), False, False
+        self.session, self.pool = session, self._take_number()
+        self._draining, self._told_speed, self._complained = False, 0.0, False
         return PoolJoined(self.pool, session.num_pages, session.page_format)
 
     def _lose(self) -> PoolLost:

@@ -15,6 +15,7 @@ from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.depth import CallTimes
 from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
+from hetero_jax.speed import SpeedMeter, Work
 from hetero_jax.tracing import Trace, WorkerCall
 from transport import MAX_LAYOUTS, MAX_PAGES_BYTES, Answer, Hello, Result, TransportError, WorkerClient, connect
 from transport.errors import ConnectionLostError
@@ -29,12 +30,14 @@ class Share:
     rows: [n] of the call.
     num_rows: of the worker's call: n and padding, whose contents do not matter.
     slot: of the layout that the worker has; given back with the Share.
+    work: what its calls say of the worker's speed; None: nothing.
     """
 
     session: WorkerSession
     rows: np.ndarray
     num_rows: int
     slot: int
+    work: Work | None
 
     def take(self, array: np.ndarray) -> np.ndarray:
         """[num_rows, ...] of an array [R, ...]; a view where the rows stand together."""
@@ -55,12 +58,20 @@ class WorkerSession:
       secret: shared with the worker; None for loopback.
       tls: of this side; None: no TLS.
       step_timeout_s: a worker that has calls to answer and answers none for so long is lost, connected or not.
+      window: of the plan.
     Raises:
       WorkerError: nobody is there, or refuses.
     """
 
     def __init__(
-        self, address: str, hello: Hello, secret: bytes | None, tls: ssl.SSLContext | None, *, step_timeout_s: float
+        self,
+        address: str,
+        hello: Hello,
+        secret: bytes | None,
+        tls: ssl.SSLContext | None,
+        *,
+        step_timeout_s: float,
+        window: int | None,
     ) -> None:
         self.address = address
         host, port = split_address(address)
@@ -70,6 +81,7 @@ class WorkerSession:
         self._failure: str | None = None
         self._free_slots = list(range(MAX_LAYOUTS))
         self.times = CallTimes()
+        self._meter = SpeedMeter(num_sites=len(hello.sites), window=window)
         self.num_pages = self._client.welcome.page_budget
         stats = self._guard(lambda: self._client.stats().result(step_timeout_s))
         self.pool_bytes = cast("int", stats.values["pool_bytes"])
@@ -82,6 +94,11 @@ class WorkerSession:
         return self._failure or self._client.failure
 
     @property
+    def speed(self) -> float | None:
+        """KV positions that the worker attends to in a second, of any one site; None: not known yet."""
+        return self._meter.speed
+
+    @property
     def draining(self) -> bool:
         """The worker is about to leave."""
         return self._client.draining.is_set()
@@ -92,7 +109,8 @@ class WorkerSession:
             raise WorkerError(f"worker {self.address}: {MAX_LAYOUTS} microbatches in flight; allowed: no more")
         slot = self._free_slots.pop()
         self._unless_lost(lambda: self._client.layout(slot=slot, arrays=_by_name(layout)))
-        share = Share(session=self, rows=rows, num_rows=len(layout.row_slot), slot=slot)
+        work = self._meter.begin(layout)
+        share = Share(session=self, rows=rows, num_rows=len(layout.row_slot), slot=slot, work=work)
         # Messages arrive in order: what comes after the last call of this Share may take its slot.
         weakref.finalize(share, self._free_slots.append, slot).atexit = False
         return share
@@ -104,7 +122,13 @@ class WorkerSession:
         began_s = time.monotonic()
         answer = self._unless_lost(lambda: self._client.attend(site=site, layout=share.slot, q=q, k=k, v=v))
         sent = Sent(began_s, time.monotonic(), sum(array.nbytes for array in inputs))
-        return Call(self, answer, sent, (len(q), *row_shape), q.dtype)
+        return Call(self, answer, sent, (len(q), *row_shape), q.dtype, share.work)
+
+    def observe(self, work: Work | None, *, trip_s: float, began_ns: int, ended_ns: int) -> None:
+        """A call is back, `trip_s` after it was sent."""
+        self.times.observe(trip_s=trip_s, began_ns=began_ns, ended_ns=ended_ns)
+        if work is not None:
+            self._meter.observe(work, began_ns=began_ns, ended_ns=ended_ns)
 
     def read_ready(self) -> None:
         """Take the answers that have come."""
@@ -192,8 +216,10 @@ class Call:
         sent: Sent,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
+        work: Work | None,
     ) -> None:
         self._session, self._answer, self._sent, self._shape, self._dtype = session, answer, sent, shape, dtype
+        self._work = work
         self._trace: tuple[Trace, str] | None = None
 
     def traced_by(self, trace: Trace, name: str) -> None:
@@ -218,7 +244,7 @@ class Call:
             seen, allowed = f"{out.dtype}{out.shape}", f"{self._dtype}{self._shape}"
             raise WorkerError(f"worker {self._session.address} answered {seen}; allowed: {allowed}")
         worked = {"began_ns": result.began_ns, "ended_ns": result.ended_ns}
-        self._session.times.observe(trip_s=answer.done_at_s - self._sent.begin_s, **worked)
+        self._session.observe(self._work, trip_s=answer.done_at_s - self._sent.begin_s, **worked)
         if self._trace is not None:
             trace, name = self._trace
             ours = {"begin_s": self._sent.begin_s, "sent_s": self._sent.end_s, "done_s": answer.done_at_s}

@@ -6,10 +6,20 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import strategies as st
 
 from hetero_jax.scheduler import Scheduler
-from hetero_jax.scheduler_types import Batch, Chunk, Move, PoolDraining, PoolJoined, PoolLost, SchedulerConfig
+from hetero_jax.scheduler_types import (
+    Batch,
+    Chunk,
+    Move,
+    PoolDraining,
+    PoolJoined,
+    PoolLost,
+    PoolMeasured,
+    SchedulerConfig,
+)
 
 
 def make_config(window: int | None = None, **changes: int) -> SchedulerConfig:
@@ -50,7 +60,9 @@ class Executor:
     homes: dict[int, int] = field(default_factory=dict)  # sequence -> pool of its last chunk
     draining: set[int] = field(default_factory=set)
     formats: dict[int, str] = field(default_factory=dict)  # of pages, by pool
+    speeds: dict[int, float] = field(default_factory=dict)  # of pools that were measured
     copies: Callable[[Move], bool] = lambda move: True  # whether the pages of a move arrive
+    moves: list[Move] = field(default_factory=list)  # those from one pool that stays to another
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.config, {})
@@ -62,7 +74,7 @@ class Executor:
         self.sequences[seq_id] = Mirror(prompt, max_tokens, ends_after or max_tokens)
 
     def launch(self) -> Batch | None:
-        self._move()
+        self.move()
         before = self.scheduler.num_preemptions
         batch = self.scheduler.schedule()
         preempted = self.scheduler.num_preemptions - before
@@ -106,14 +118,17 @@ class Executor:
         assert self.scheduler.num_running <= self.config.max_num_seqs
         return batch
 
-    def _move(self) -> None:
-        for move in self.scheduler.leave_draining_pools():
+    def move(self) -> None:
+        """Lets sequences leave draining pools, and balance the others."""
+        for move in self.scheduler.migrate():
             seq_id, source, target = move.seq_id, move.source, move.target
-            assert not self.sequences[seq_id].in_flight and source in self.draining and target not in self.draining
+            assert not self.sequences[seq_id].in_flight and source != target not in self.draining
             assert self.formats[source] == self.formats[target] != ""
             assert all(self.owner[source, page] == seq_id for page in move.source_pages)
             assert all(0 <= page < self.pools[target] for page in move.target_pages)
             assert len(set(move.source_pages)) == len(move.source_pages) == len(set(move.target_pages))
+            if source not in self.draining:
+                self._check_balancing(move)
             if not self.copies(move):
                 self.sequences[seq_id].computed = 0
                 self.scheduler.replay(seq_id)
@@ -122,6 +137,30 @@ class Executor:
             self.tables[seq_id] = tuple(moved.get(page, -1) for page in self.tables.get(seq_id, ()))
             self.homes[seq_id] = target
             self.owner.update({(target, page): seq_id for page in move.target_pages})
+
+    def _check_balancing(self, move: Move) -> None:
+        """It was the slowest pool, and the slower of the two is faster now by a tenth."""
+        self.moves.append(move)
+        speeds = [self.speeds[pool] for pool in self.pools if pool in self.speeds]
+        average = sum(speeds) / len(speeds) if speeds else 1.0
+        before_s = {pool: self.load(pool) / self.speeds.get(pool, average) for pool in self.pools}
+        staying = self.pools.keys() - self.draining
+        assert before_s[move.source] == pytest.approx(max(before_s[pool] for pool in staying))
+        reads = self._reads(self.sequences[move.seq_id])
+        source_s = before_s[move.source] - reads / self.speeds.get(move.source, average)
+        target_s = before_s[move.target] + reads / self.speeds.get(move.target, average)
+        assert max(source_s, target_s) <= 0.9 * before_s[move.source] + 1e-9
+
+    def load(self, pool: int) -> int:
+        """Positions that one decode row of each of its sequences attends to."""
+        return sum(self._reads(self.sequences[seq_id]) for seq_id in self.residents(pool))
+
+    def residents(self, pool: int) -> list[int]:
+        """Unfinished sequences whose last chunk was there."""
+        return [seq_id for seq_id, home in self.homes.items() if home == pool and seq_id in self.sequences]
+
+    def _reads(self, seq: Mirror) -> int:
+        return min(seq.prompt + seq.generated, self.config.window or self.config.max_model_len)
 
     def _first_seen(self, chunk: Chunk) -> int:
         """The first page that a row of the chunk sees."""
@@ -135,11 +174,16 @@ class Executor:
     def lose(self, number: int) -> None:
         """The pool is gone, with all that was written there."""
         del self.pools[number]
+        self.speeds.pop(number, None)
         self.draining.discard(number)
         self.scheduler.apply(PoolLost(number))
         for seq_id, home in self.homes.items():
             if home == number and seq_id in self.sequences:
                 self.sequences[seq_id].computed = 0
+
+    def measure(self, number: int, speed: float) -> None:
+        self.speeds[number] = speed
+        self.scheduler.apply(PoolMeasured(number, speed))
 
     def begin_drain(self, number: int) -> None:
         self.draining.add(number)
