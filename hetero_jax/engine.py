@@ -114,6 +114,8 @@ class Engine:
     @trace.setter
     def trace(self, trace: Trace | None) -> None:
         self._tiers.trace = trace
+        if self._fleet is not None:
+            self._fleet.trace = trace
 
     @property
     def profile(self) -> bool:
@@ -296,6 +298,8 @@ class Engine:
         if (trace := self._tiers.trace) is not None:
             trace.count("tokens", self._stats.tokens_generated)
             trace.count("pages", self._scheduler.pages_used)
+            if self._fleet is not None:
+                self._fleet.record(self._scheduler)
         return completions
 
     def _deepen(self, walk: Walk) -> None:

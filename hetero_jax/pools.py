@@ -9,12 +9,13 @@ that are not measured count as fast as the measured ones do on average. Then:
 2. Where pools are out of balance (a worker has joined, or became slow), a running sequence of the pool with most time
    moves to the one that has least with it (`rebalance`): the one that has most tokens to come, so that the move pays
    longest. Only pools of one page format exchange sequences, and only where the target could hold all of it now.
-3. It moves if the larger of the two times falls by a tenth, and if over the tokens that it may still generate this
-   saves more than the copy costs: as long as it takes to attend to what is copied _COPY_COST times.
+3. It moves if the target has a tenth less time with it than its own pool now, and if the fall of the larger of the two
+   times, over all tokens that it may still generate, saves more than the copy costs: as long as it takes to attend to
+   what is copied _COPY_COST times.
 4. Who has moved stays for as many tokens: so copying never costs more than attending does, whatever speeds are told.
 
-With loads and speeds as they are, every move lowers the larger of two times, so moves come to an end; and as it falls
-by a tenth, the ratio of two speeds must change by a fifth before any sequence would go back.
+With loads and speeds as they are, every move lowers the larger of two times, so moves come to an end; and because of
+the tenth, the ratio of two speeds must change by a fifth before any sequence would go back.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hetero_jax.pages import PageAllocator
 from hetero_jax.scheduler_state import Pool, ScheduledSequence
 from hetero_jax.scheduler_types import Move, PoolJoined, SchedulerConfig
 
-_GAIN = 0.1
+_MARGIN = 0.1
 _COPY_COST = 64  # a socket carries a hundredth of what memory does, twice; the message goes while others compute
 
 
@@ -58,6 +59,11 @@ class Pools:
     def drained(self) -> list[int]:
         """Draining pools that nothing is left in."""
         return [pool.number for pool in self._pools.values() if pool.draining and pool.num_running == 0]
+
+    @property
+    def loads(self) -> dict[int, int]:
+        """KV positions that the next decode rows of each pool's sequences attend to."""
+        return {number: pool.load for number, pool in self._pools.items()}
 
     # --- events
 
@@ -99,7 +105,7 @@ class Pools:
         """Moves one of these sequences, which are not in flight, where it pays; None where it does not."""
         staying = [pool for pool in self._pools.values() if not pool.draining]
         slowest = max(staying, key=self._time_s, default=None)
-        if slowest is None or min(map(self._time_s, staying)) > (1 - _GAIN) * self._time_s(slowest):
+        if slowest is None or min(map(self._time_s, staying)) > (1 - _MARGIN) * self._time_s(slowest):
             return None
         movable = [seq for seq in idle if seq.pool is slowest and _may_move(seq)]
         for seq in sorted(movable, key=lambda seq: (-seq.tokens_left, seq.arrival)):
@@ -125,10 +131,10 @@ class Pools:
 
     def _pays(self, seq: ScheduledSequence, target: Pool) -> bool:
         """Rule 3."""
-        now_s = self._time_s(seq.home)
-        saved_s = now_s - max(self._time_s(seq.home, -seq.reads), self._time_s(target, seq.reads))
+        now_s, there_s = self._time_s(seq.home), self._time_s(target, seq.reads)
+        saved_s = now_s - max(self._time_s(seq.home, -seq.reads), there_s)
         copy_s = _COPY_COST * seq.reads / self._speed(seq.home)
-        return saved_s >= _GAIN * now_s and saved_s * seq.tokens_left >= copy_s
+        return there_s <= (1 - _MARGIN) * now_s and saved_s * seq.tokens_left >= copy_s
 
     def _time_s(self, pool: Pool, more: int = 0) -> float:
         """Of a pool with so many positions more."""

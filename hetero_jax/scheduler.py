@@ -108,6 +108,11 @@ class Scheduler:
         """Draining pools that nothing is left in."""
         return self._pools.drained
 
+    @property
+    def loads(self) -> dict[int, int]:
+        """KV positions that the next decode rows of each pool's sequences attend to."""
+        return self._pools.loads
+
     def apply(self, event: PoolEvent) -> None:
         """A pool joins, is measured, begins to drain, or is gone."""
         match event:

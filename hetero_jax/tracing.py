@@ -21,6 +21,7 @@ import jax
 from hetero_jax.devices import are_ready
 
 TIER1, TIER2 = "tier 1", "tier 2"  # the latter in this process
+_PAGES = "pages"
 
 
 class Slice(NamedTuple):
@@ -46,12 +47,25 @@ class WorkerCall(NamedTuple):
     bytes_down: int
 
 
+class PageCopy(NamedTuple):
+    """Pages that went from one worker to another by way of this process, in seconds of the monotonic clock."""
+
+    source: str
+    target: str
+    num_pages: int
+    num_bytes: int
+    asked_s: float
+    there_s: float
+    sent_s: float
+
+
 class Trace:
     """Collects; `slices`, `write` and `summary` wait for what is still running."""
 
     def __init__(self) -> None:
         self._slices: list[Slice] = []
         self._calls: defaultdict[str, list[WorkerCall]] = defaultdict(list)
+        self._copies: list[PageCopy] = []
         self.counts: list[tuple[str, float, int]] = []  # name, second of the monotonic clock, value
         self._lanes: dict[str, _Lane] = {}
 
@@ -65,6 +79,10 @@ class Trace:
         """A worker has answered."""
         self._calls[address].append(call)
 
+    def copied(self, copy: PageCopy) -> None:
+        """Pages have moved."""
+        self._copies.append(copy)
+
     def count(self, name: str, value: int) -> None:
         """A number that is so from now on."""
         self.counts.append((name, time.monotonic(), value))
@@ -74,7 +92,8 @@ class Trace:
         for lane in self._lanes.values():
             lane.join()
         remote = [each for address, calls in self._calls.items() for each in _slices_of(address, calls)]
-        return sorted([*self._slices, *remote], key=lambda each: (each.lane, each.begin_s, each.end_s))
+        remote += [each for copy in self._copies for each in _slices_of_copy(copy)]
+        return sorted([*self._slices, *_in_turn(remote)], key=lambda each: (each.lane, each.begin_s, each.end_s))
 
     def busy_s(self, lane: str, begin_s: float, end_s: float) -> float:
         """Seconds of those between these two in which the lane was busy."""
@@ -110,13 +129,21 @@ class Trace:
         busy = [f"{lane} busy {_covered_s(spans[lane]) / total_s:.0%}" for lane in spans]
         tier2 = [span for lane in spans if lane == TIER2 or lane.startswith("worker ") for span in spans[lane]]
         both_s = _covered_s(spans[TIER1]) + _covered_s(tier2) - _covered_s([*spans[TIER1], *tier2])
-        most = {name: max(value for each, _, value in self.counts if each == name) for name, *_ in self.counts}
-        tokens = most.get("tokens", 0)
-        moved = sum(each.num_bytes for each in slices)
+        tokens, pages = (
+            max((n for each, _, n in self.counts if each == name), default=0) for name in ("tokens", "pages")
+        )
+        moved = sum(each.num_bytes for each in slices if each.name != _PAGES)
         return (
             f"trace: {total_s:.2f} s, {', '.join(busy)}; both tiers at once {both_s / total_s:.0%}; "
-            f"{moved / max(tokens, 1):.0f} bytes moved per token of {tokens}; KV pages: at most {most.get('pages', 0)}"
+            f"{moved / max(tokens, 1):.0f} bytes moved per token of {tokens}; KV pages: at most {pages}"
+            f"{self._copied()}"
         )
+
+    def _copied(self) -> str:
+        if not self._copies:
+            return ""
+        pages, mib = sum(copy.num_pages for copy in self._copies), sum(copy.num_bytes for copy in self._copies) / 2**20
+        return f", {pages} moved to other workers ({mib:.1f} MiB)"
 
 
 class _Lane:
@@ -149,24 +176,41 @@ class _Lane:
 
 
 def _slices_of(address: str, calls: Sequence[WorkerCall]) -> Iterable[Slice]:
-    """Of the worker and of the links to it and from it. While it is busy, nobody knows when a call arrived."""
+    """Of the worker and of the links to it and from it, which may overlap.
+
+    While the worker is busy, nobody knows when a call arrived.
+    """
     ordered = sorted(calls, key=lambda call: call.began_ns)
     earliest_s = max(call.begin_s - call.began_ns / 1e9 for call in ordered)
     latest_s = min(call.done_s - call.ended_ns / 1e9 for call in ordered)
     ahead_s = (earliest_s + latest_s) / 2  # of our clock before the worker's
-    up_s = down_s = ended_s = 0.0
+    ended_s = 0.0
     for call in ordered:
         began_s = max(call.began_ns / 1e9 + ahead_s, ended_s)
         was_idle = began_s > max(ended_s, call.sent_s)
         arrived_s = began_s if was_idle else call.sent_s
         ended_s = max(call.ended_ns / 1e9 + ahead_s, began_s)
         for lane, begin_s, end_s, num_bytes in (
-            (f"to {address}", max(call.begin_s, up_s), arrived_s, call.bytes_up),
+            (f"to {address}", call.begin_s, arrived_s, call.bytes_up),
             (f"worker {address}", began_s, ended_s, 0),
-            (f"from {address}", max(ended_s, down_s), call.done_s, call.bytes_down),
+            (f"from {address}", ended_s, call.done_s, call.bytes_down),
         ):
-            yield Slice(lane, call.name, begin_s, max(begin_s, end_s), num_bytes)
-        up_s, down_s = max(up_s, call.begin_s, arrived_s), max(down_s, ended_s, call.done_s)
+            yield Slice(lane, call.name, begin_s, end_s, num_bytes)
+
+
+def _slices_of_copy(copy: PageCopy) -> Iterable[Slice]:
+    """Of both links. What was asked for before, the source answers before."""
+    yield Slice(f"from {copy.source}", _PAGES, copy.asked_s, copy.there_s, copy.num_bytes)
+    yield Slice(f"to {copy.target}", _PAGES, copy.there_s, copy.sent_s, copy.num_bytes)
+
+
+def _in_turn(slices: Iterable[Slice]) -> Iterable[Slice]:
+    """A link carries one after the other: what begins to be sent first comes first, and so it ends first."""
+    until_s: defaultdict[str, float] = defaultdict(float)
+    for each in sorted(slices, key=lambda each: each.end_s if each.lane.startswith("from ") else each.begin_s):
+        begin_s = max(each.begin_s, until_s[each.lane])
+        until_s[each.lane] = end_s = max(begin_s, each.end_s)
+        yield each._replace(begin_s=begin_s, end_s=end_s)
 
 
 def _covered_s(spans: Iterable[tuple[float, float]]) -> float:

@@ -11,6 +11,7 @@ from functools import partial
 from hetero_jax.errors import WorkerError
 from hetero_jax.scheduler import Scheduler
 from hetero_jax.scheduler_types import PoolEvent, PoolJoined, PoolLost
+from hetero_jax.tracing import Trace
 from hetero_jax.worker_link import WorkerLink
 from hetero_jax.worker_session import WorkerSession
 from hetero_jax.workers_file import WorkersFile
@@ -28,6 +29,9 @@ class WorkerFleet:
       local: begins one with each worker of this machine, by its name; these must be there too.
       file: further addresses; those that cannot be reached yet are tried again while the job runs.
       wait_s: how long a job waits where no worker can go on with it.
+
+    trace: of pages that move; None: nothing is recorded.
+
     Raises:
       WorkerError: a worker is not there, or refuses.
     """
@@ -42,6 +46,7 @@ class WorkerFleet:
         wait_s: float,
     ) -> None:
         self.num_lost = self.num_moved = 0
+        self.trace: Trace | None = None
         self._connect, self._file, self._wait_s = connect, file, wait_s
         self._numbers = itertools.count()
         connects = {address: partial(connect, address) for address in addresses} | dict(local)
@@ -78,12 +83,19 @@ class WorkerFleet:
         moves = scheduler.migrate()
         for move in moves:
             source, target = self.sessions[move.source], self.sessions[move.target]
-            if source.copy_pages(move.source_pages, target, move.target_pages):
+            if source.copy_pages(move.source_pages, target, move.target_pages, self.trace):
                 self.num_moved += 1
             else:
                 scheduler.replay(move.seq_id)
         if again := scheduler.num_replays - num_replays:
             _logger.warning("%d sequences left without their pages and are computed again", again)
+
+    def record(self, scheduler: Scheduler) -> None:
+        """Trace the KV positions that each worker's sequences have."""
+        if self.trace is not None:
+            sessions = self.sessions
+            for number, load in scheduler.loads.items():
+                self.trace.count(f"KV positions of {sessions[number].address}", load)
 
     def wait(self, scheduler: Scheduler) -> None:
         """Nothing runs and nothing can start: wait until a worker comes or goes.

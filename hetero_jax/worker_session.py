@@ -16,7 +16,7 @@ from hetero_jax.depth import CallTimes
 from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
 from hetero_jax.speed import SpeedMeter, Work
-from hetero_jax.tracing import Trace, WorkerCall
+from hetero_jax.tracing import PageCopy, Trace, WorkerCall
 from transport import MAX_LAYOUTS, MAX_PAGES_BYTES, Answer, Hello, Result, TransportError, WorkerClient, connect
 from transport.errors import ConnectionLostError
 
@@ -146,7 +146,9 @@ class WorkerSession:
         """End the connection."""
         self._client.close()
 
-    def copy_pages(self, pages: Sequence[int], target: WorkerSession, target_pages: Sequence[int]) -> bool:
+    def copy_pages(
+        self, pages: Sequence[int], target: WorkerSession, target_pages: Sequence[int], trace: Trace | None
+    ) -> bool:
         """Copy pages into as many of another worker of the same page format; False where one of both is lost.
 
         Waits for the calls that this worker has; what is sent to the target later finds the pages there.
@@ -154,10 +156,16 @@ class WorkerSession:
         ours, theirs = np.asarray(pages, np.int64), np.asarray(target_pages, np.int64)
         for first in range(0, len(ours), self._pages_at_once):
             some = slice(first, first + self._pages_at_once)
+            asked_s = time.monotonic()
             answer = self._unless_lost(lambda some=some: self._client.fetch_pages(ours[some]))
             found = None if answer is None else self.finish(answer)
+            there_s = time.monotonic()
             if found is None or not target.store_pages(theirs[some], found.arrays):
                 return False
+            if trace is not None:
+                size = sum(array.nbytes for array in found.arrays)
+                when = {"asked_s": asked_s, "there_s": there_s, "sent_s": time.monotonic()}
+                trace.copied(PageCopy(self.address, target.address, len(ours[some]), size, **when))
         return True
 
     def store_pages(self, pages: np.ndarray, arrays: tuple[np.ndarray, ...]) -> bool:

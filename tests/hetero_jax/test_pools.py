@@ -160,6 +160,15 @@ def test_with_loads_as_they_are_moves_come_to_an_end(speeds: list[float], sequen
         else:
             pytest.fail("it does not end")
     assert slowest_s == sorted(slowest_s, reverse=True)
+    times_s = {pool: executor.load(pool) / speed for pool, speed in enumerate([1.0, *speeds])}
+    slowest = max(times_s, key=times_s.__getitem__)
+    smallest = min(sum(sequences[seq_id][:1]) + 1 for seq_id in executor.residents(slowest))
+    # What is left out of balance is a tenth, and what one sequence makes.
+    assert all(
+        executor.load(pool) + smallest > 0.9 * times_s[slowest] * speed - 1e-6
+        for pool, speed in enumerate([1.0, *speeds])
+        if pool != slowest
+    )
     executor.drain(random.Random(0))
     assert len(executor.done) == len(sequences)
 

@@ -8,9 +8,11 @@ import json
 import pytest
 
 import hetero_jax as hj
-from hetero_jax.tracing import Slice, Trace, WorkerCall
+from fault_job import engine_of, run, undisturbed, wait_for_drain
+from hetero_jax.tracing import PageCopy, Slice, Trace, WorkerCall
 from small_model import SmallModel
 from worker_process import worker_process
+from worker_thread import ThreadWorker
 
 
 def _run(config: hj.EngineConfig, path) -> tuple[hj.Engine, Trace, list[dict]]:
@@ -62,6 +64,33 @@ def test_a_trace_of_a_worker_has_its_links(tmp_path):
     moved = sum(e["args"]["bytes"] for e in (*ways[0], *ways[2]))
     assert f"{moved / 12:.0f} bytes moved per token of 12" in trace.summary()
     assert f"worker {address} busy" in trace.summary()
+    positions = [e["args"][e["name"]] for e in events if e["name"] == f"KV positions of {address}"]
+    assert positions[0] == 3 + 1 + 2 and positions[-1] == 0  # the first prompt and a token, and the second
+
+
+def test_pages_that_move_are_slices_of_both_links(tmp_path):
+    pages: list[int] = []
+    with ThreadWorker() as leaving, ThreadWorker() as other:
+        engine = engine_of(leaving.address, other.address)
+        engine.trace = trace = Trace()
+        serve = other.handler.store_pages
+        other.handler.store_pages = lambda message: pages.append(len(message.pages)) or serve(message)
+
+        def leave(count: int) -> None:
+            if count == 6:
+                leaving.server.drain("a test")
+                wait_for_drain(engine)
+
+        assert run(engine, leave) == undisturbed()
+    trace.write(tmp_path / "run.json")
+    lanes = _by_lane(json.loads((tmp_path / "run.json").read_text())["traceEvents"])
+    _check_no_overlap(lanes)
+    page_bytes = engine._attention.pool_bytes // engine._attention.num_pages
+    for lane in (f"from {leaving.address}", f"to {other.address}"):
+        assert [e["args"]["bytes"] for e in lanes[lane] if e["name"] == "pages"] == [n * page_bytes for n in pages]
+    assert not any(e["name"] == "pages" for e in (*lanes[f"to {leaving.address}"], *lanes[f"from {other.address}"]))
+    mib = sum(pages) * page_bytes / 2**20
+    assert trace.summary().endswith(f", {sum(pages)} moved to other workers ({mib:.1f} MiB)")
 
 
 def test_the_summary_follows_from_the_slices():
@@ -92,3 +121,17 @@ def test_a_workers_clock_is_set_by_what_can_be(other_clock_s):
     assert [each.end_s for each in lanes["worker there"]] == pytest.approx([1.003, 1.025, 1.027], abs=1e-6)
     assert [each.end_s for each in lanes["to there"]] == pytest.approx([1.001, 1.023, 1.023], abs=1e-6)
     assert [each.end_s for each in lanes["from there"]] == pytest.approx([1.007, 1.026, 1.028], abs=1e-6)
+
+
+def test_pages_take_their_turn_on_a_link():
+    """What was asked for while a call was under way comes behind its answer; what is sent behind a call, behind it."""
+    trace = Trace()
+    for address in ("a", "b"):
+        call = {"begin_s": 1.0, "sent_s": 1.1, "done_s": 1.5, "bytes_up": 1, "bytes_down": 1}
+        trace.called(address, WorkerCall(name="site", began_ns=1_200_000_000, ended_ns=1_400_000_000, **call))
+    trace.copied(PageCopy("a", "b", num_pages=3, num_bytes=3 << 20, asked_s=1.1, there_s=1.8, sent_s=1.9))
+    slices = [each[:4] for each in trace.slices() if each.name == "pages"]
+    assert slices == [("from a", "pages", 1.5, 1.8), ("to b", "pages", 1.8, 1.9)]
+    assert trace.summary().endswith(
+        "4 bytes moved per token of 0; KV pages: at most 0, 3 moved to other workers (3.0 MiB)"
+    )

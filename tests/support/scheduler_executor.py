@@ -139,7 +139,7 @@ class Executor:
             self.owner.update({(target, page): seq_id for page in move.target_pages})
 
     def _check_balancing(self, move: Move) -> None:
-        """It was the slowest pool, and the slower of the two is faster now by a tenth."""
+        """It was the slowest pool, and the target is not now: with a sequence more it has still a tenth less time."""
         self.moves.append(move)
         speeds = [self.speeds[pool] for pool in self.pools if pool in self.speeds]
         average = sum(speeds) / len(speeds) if speeds else 1.0
@@ -147,9 +147,8 @@ class Executor:
         staying = self.pools.keys() - self.draining
         assert before_s[move.source] == pytest.approx(max(before_s[pool] for pool in staying))
         reads = self._reads(self.sequences[move.seq_id])
-        source_s = before_s[move.source] - reads / self.speeds.get(move.source, average)
         target_s = before_s[move.target] + reads / self.speeds.get(move.target, average)
-        assert max(source_s, target_s) <= 0.9 * before_s[move.source] + 1e-9
+        assert target_s <= 0.9 * before_s[move.source] + 1e-9
 
     def load(self, pool: int) -> int:
         """Positions that one decode row of each of its sequences attends to."""
