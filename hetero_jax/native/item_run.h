@@ -104,6 +104,7 @@ static float encode_query(const Call& c, int64_t from, typename T::Query* to) {
   }
 }
 
+HJ_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 HJ_INLINE int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 // The next bytes of a buffer.
@@ -148,6 +149,8 @@ class ItemRun {
   }
 
   void run() {
+    // At least a chunk of keys, for each part of the vectors passes over it at a part of the pace.
+    const int64_t ahead_bytes = max_of(kAheadBytes, kKeyChunk * c.k_block_bytes);
     Tile tiles[2];
     HeadTile heads[2];
     find_tile(c, item, item.tile_begin, last_position, &tiles[0]);
@@ -167,7 +170,7 @@ class ItemRun {
           find_head(c, next, item.head_begin, &heads[1 - now]);
           list(c, next, heads[1 - now], item.head_begin, &ahead);
         }
-        ahead.go_to(kAheadBytes);
+        ahead.go_to(ahead_bytes);
         clean_last_block<T>(c, item, tile, &heads[now], copy);
         for (int m0 = 0; m0 < vectors; m0 += kPassVectors)
           pass_over(t, tile, heads[now], head, m0, vectors - m0 < kPassVectors ? vectors - m0 : kPassVectors);
@@ -200,7 +203,7 @@ class ItemRun {
       const int64_t query_head = head * c.group + m % c.group;
       if (row.position > last_position) last_position = row.position;
       const float unit = encode_query<T>(c, (row.row * c.heads + query_head) * c.dim, state.q + m * query_length<T>(c));
-      state.vector[m] = {row.position, c.slopes ? c.slopes[query_head] : 0.0f, c.scale * unit};
+      state.vector[m] = {row.position, c.slopes ? c.slopes[query_head] * kLog2E : 0.0f, c.scale * unit * kLog2E};
       state.top[m] = kLowest, state.sum[m] = 0;
     }
     if (item.folds) __builtin_memset(state.values, 0, vectors * c.v_pad * 4);
@@ -220,21 +223,28 @@ class ItemRun {
     if (c.window)
       while (begin < end && tile.start[begin] + tile.tokens[begin] <= lowest - c.window + 1) ++begin;
     if (begin == end) return;
-    for_parts<T>(count, [&](auto size, int m) {
-      constexpr int MR = decltype(size)::value;
-      scores_of<T, MR, key_blocks_of(MR)>(c, in, begin, end, state.q + (m0 + m) * query_length<T>(c),
-                                          scores + m * kTile, m0 + m == 0 ? &ahead : nullptr);
-    });
-    constexpr int kWeights = kTile * T::kPerQuery / T::kPerWord;  // of one vector
+    // All vectors pass over a chunk before the next one is read: it stays near, and memory is read in order.
+    const Parts<T> parts(count);
+    for (int b = begin, next; b < end; b = next) {
+      next = b + kKeyChunk < end ? b + kKeyChunk : end;
+      Parts<T>::each(parts, [&](auto size, int m) {
+        constexpr int MR = decltype(size)::value;
+        scores_of<T, MR, key_blocks_of(MR)>(c, in, b, next, state.q + (m0 + m) * query_length<T>(c), scores + m * kTile,
+                                            &ahead, parts.count);
+      });
+    }
     TileSums sums;
-    for (int m = 0; m < count; ++m)
-      softmax_row<T>(c, tile, in, begin, end, state.vector[m0 + m], scores + m * kTile, weights + m * kWeights, &sums, m,
-                     &ahead);
-    for_parts<T>(count, [&](auto size, int m) {
-      constexpr int MR = decltype(size)::value;
-      values_of<T, MR, columns_of(MR) / T::kAccRegisters>(c, in, begin, end, 0, weights + m * kWeights, sums.unit + m,
-                                                          tile_values + m * c.v_pad, m0 + m == 0 ? &ahead : nullptr);
-    });
+    softmax<T>(c, tile, in, begin, end, state.vector + m0, count, scores, weights, &sums, &ahead);
+    constexpr int kWeights = kTile * T::kPerQuery / T::kPerWord;  // of one vector
+    const int chunk = T::kFixedPoint ? kTileBlocks : (int)max_of(1, kValueChunkBytes / c.v_block_bytes);
+    for (int b = begin, next; b < end; b = next) {
+      next = b + chunk < end ? b + chunk : end;
+      Parts<T>::each(parts, [&](auto size, int m) {
+        constexpr int MR = decltype(size)::value;
+        values_of<T, MR, columns_of(MR) / T::kAccRegisters>(c, in, b, next, 0, weights + m * kWeights, sums.unit + m,
+                                                            tile_values + m * c.v_pad, b > begin, &ahead, parts.count);
+      });
+    }
     if (!item.folds) {
       for (int m = 0; m < count; ++m) {
         const QueryRow& row = item.rows[(m0 + m) / c.group];

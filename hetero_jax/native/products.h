@@ -30,6 +30,9 @@ constexpr int columns_of(int vectors) { return vectors == 1 ? 8 : 4; }
 constexpr int key_blocks_of(int) { return 1; }
 #endif
 
+// Beyond so many parts of a pass arithmetic binds, and nothing is fetched ahead.
+constexpr int kFetchingParts = 4;
+
 // Walks the memory that will be read next, in the order in which it will be read, a short distance ahead. Within a run
 // the hardware's own prefetchers follow; at the beginning of the next run, somewhere else, they have to be led.
 class Ahead {
@@ -48,10 +51,12 @@ class Ahead {
     for (run_ = 0; run_ < count_ && done >= end_[run_] - begin_[run_]; ++run_) done -= end_[run_] - begin_[run_];
     at_ = run_ < count_ ? begin_[run_] + done : nullptr;
   }
-  void fetch(int lines) {
+  template <int LINES>
+  __attribute__((always_inline)) void fetch() {
     if (!at_) return;
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(at_ + i * kLine, 0, 3);
-    at_ += lines * kLine;
+#pragma GCC unroll 16
+    for (int i = 0; i < LINES; ++i) __builtin_prefetch(at_ + i * kLine, 0, 3);
+    at_ += LINES * kLine;
     if (at_ >= end_[run_]) at_ = ++run_ < count_ ? begin_[run_] : nullptr;
   }
 
@@ -62,10 +67,12 @@ class Ahead {
   const char* at_ = nullptr;
 };
 
-// scores[MR][NB blocks] of q and NB blocks of keys. As many lines are fetched ahead as are read.
+// scores[MR][NB blocks] of q and NB blocks of keys. One of `parts` that do so: together they fetch as many lines ahead as
+// one reads, evenly.
 template <class T, int MR, int NB, bool AHEAD>
 static __attribute__((noinline)) void score_blocks(const char* const* keys, int64_t words, const typename T::Query* q,
-                                                   int64_t q_stride, float* scores, Ahead* ahead) {
+                                                   int64_t q_stride, float* scores, Ahead* ahead, int parts) {
+  int steps = parts;  // until the next lines are fetched
   typename T::Acc acc[MR][NB][kBlockVectors][T::kChains];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
@@ -86,7 +93,7 @@ static __attribute__((noinline)) void score_blocks(const char* const* keys, int6
   };
   int64_t w = 0;
   for (; w + T::kChains <= words; w += T::kChains) {
-    if (AHEAD) ahead->fetch(NB * T::kChains * kBlock * T::kWordBytes / kLine);
+    if (AHEAD && --steps == 0) ahead->fetch<NB * T::kChains * kBlock * T::kWordBytes / kLine>(), steps = parts;
     step(w, Size<0>{});
     if constexpr (T::kChains > 1) step(w + 1, Size<1>{});
   }
@@ -103,19 +110,27 @@ static __attribute__((noinline)) void score_blocks(const char* const* keys, int6
       }
 }
 
-// values[MR][NV registers of dims] = weights . v over `blocks` blocks of values; units: of fixed-point weights.
+// values[MR][NV registers of dims] = weights . v over `blocks` blocks of values, or += where they go on; units: of
+// fixed-point weights, which cannot go on.
 template <class T, int MR, int NV, bool AHEAD>
 static __attribute__((noinline)) void weigh_blocks(const char* const* values, int64_t column, int64_t blocks,
                                                    int64_t v_pad, const typename T::Query* weights, const float* units,
-                                                   float* out, Ahead* ahead) {
+                                                   float* out, bool goes_on, Ahead* ahead, int parts) {
+  int steps = parts;  // as above
   typename T::Acc acc[MR][NV] = {};
+  if constexpr (!T::kFixedPoint)
+    if (goes_on)
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; ++n) acc[m][n] = load<vf>(out + m * v_pad + n * kWidth);
   constexpr int kSteps = kBlock / T::kPerWord, kSpread = T::kPerQuery / T::kPerWord;
   constexpr int kBytes = NV * kWidth * T::kWordBytes, kTogether = kBytes < kLine ? kLine / kBytes : 1;
   for (int64_t b = 0; b < blocks; ++b) {
     const char* row = values[b] + column * T::kWordBytes;
     const typename T::Query* p = weights + b * kBlock * kSpread;
     for (int t = 0; t < kSteps; ++t, row += v_pad * T::kWordBytes, p += T::kPerQuery) {
-      if (AHEAD && t % kTogether == 0) ahead->fetch(kBytes * kTogether / kLine);
+      if (AHEAD && t % kTogether == 0 && --steps == 0) ahead->fetch<kBytes * kTogether / kLine>(), steps = parts;
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) {
         auto word = T::load_word(row + n * kWidth * T::kWordBytes);
@@ -160,33 +175,34 @@ static int64_t query_length(const Call& c) {
 
 template <class T, int MR, int NB>
 static void scores_of(const Call& c, const HeadTile& in, int begin, int end, const typename T::Query* q, float* scores,
-                      Ahead* ahead) {
+                      Ahead* ahead, int parts) {
   const int64_t words = c.dim_pad / T::kPerWord;
   int b = begin;
   for (; b + NB <= end; b += NB) {
-    auto run = ahead ? score_blocks<T, MR, NB, true> : score_blocks<T, MR, NB, false>;
-    run(in.keys + b, words, q, query_length<T>(c), scores + b * kBlock, ahead);
+    auto run = parts <= kFetchingParts ? score_blocks<T, MR, NB, true> : score_blocks<T, MR, NB, false>;
+    run(in.keys + b, words, q, query_length<T>(c), scores + b * kBlock, ahead, parts);
   }
   if constexpr (NB > 1) {
-    if (b < end) scores_of<T, MR, NB / 2>(c, in, b, end, q, scores, ahead);
+    if (b < end) scores_of<T, MR, NB / 2>(c, in, b, end, q, scores, ahead, parts);
   }
 }
 
 template <class T, int MR, int NV>
 static void values_of(const Call& c, const HeadTile& in, int begin, int end, int64_t column,
-                      const typename T::Query* weights, const float* units, float* out, Ahead* ahead) {
+                      const typename T::Query* weights, const float* units, float* out, bool goes_on, Ahead* ahead,
+                      int parts) {
   constexpr int kSpread = T::kPerQuery / T::kPerWord;
   for (; column + NV * kWidth <= c.v_pad; column += NV * kWidth) {
-    auto run = ahead ? weigh_blocks<T, MR, NV, true> : weigh_blocks<T, MR, NV, false>;
-    run(in.values + begin, column, end - begin, c.v_pad, weights + begin * kBlock * kSpread, units, out + column, ahead);
+    auto run = parts <= kFetchingParts ? weigh_blocks<T, MR, NV, true> : weigh_blocks<T, MR, NV, false>;
+    run(in.values + begin, column, end - begin, c.v_pad, weights + begin * kBlock * kSpread, units, out + column, goes_on,
+        ahead, parts);
   }
   if constexpr (NV > 1) {
-    if (column < c.v_pad) values_of<T, MR, NV / 2>(c, in, begin, end, column, weights, units, out, ahead);
+    if (column < c.v_pad)
+      values_of<T, MR, NV / 2>(c, in, begin, end, column, weights, units, out, goes_on, ahead, parts);
   }
 }
 
-// Calls f(Size, first vector) over parts of nearly equal size, as many vectors each at most as T's registers hold: those
-// of fixed-point numbers are two operands each.
 template <int N, class F>
 HJ_INLINE void with_size(int size, F&& f) {
   if constexpr (N > 1) {
@@ -194,14 +210,28 @@ HJ_INLINE void with_size(int size, F&& f) {
   }
   f(Size<N>{});
 }
-template <class T, class F>
-HJ_INLINE void for_parts(int vectors, F&& f) {
-  constexpr int kMost = T::kFixedPoint ? kMaxVectors * 2 / 3 : kMaxVectors;
-  const int parts = (vectors + kMost - 1) / kMost;
-  for (int part = 0; part < parts; ++part) {
-    const int begin = vectors * part / parts, end = vectors * (part + 1) / parts;
-    with_size<kMost>(end - begin, [&](auto size) { f(size, begin); });
+
+// Vectors cut into parts of nearly equal size, as many each at most as T's registers hold: those of fixed-point numbers
+// are two operands each.
+template <class T>
+class Parts {
+ public:
+  explicit Parts(int vectors) : count((vectors + kMost - 1) / kMost), least_(vectors / count), more_(vectors % count) {}
+  // Calls f(Size, first vector) for each.
+  template <class F>
+  HJ_INLINE void each(const Parts& parts, F&& f) {
+    for (int part = 0, begin = 0; part < parts.count; ++part) {
+      const int size = parts.least_ + (part < parts.more_);
+      with_size<kMost>(size, [&](auto fixed) { f(fixed, begin); });
+      begin += size;
+    }
   }
-}
+
+  const int count;
+
+ private:
+  static constexpr int kMost = T::kFixedPoint ? kMaxVectors * 2 / 3 : kMaxVectors;
+  const int least_, more_;
+};
 
 }  // namespace

@@ -102,26 +102,30 @@ HJ_INLINE float reduce_sum(vf x) {
 #endif
 }
 
-// e^x for x <= 0, within 1e-7 of the true value relatively; 0 below -87 (and for -inf), NaN for NaN.
-HJ_INLINE vf exp_nonpositive(vf x) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  vf rounded = fma(x, splat(1.44269504088896341f), magic);
-  vf n = rounded - magic;
-  vf r = fma(n, splat(-0.693359375f), x);
-  r = fma(n, splat(2.12194440e-4f), r);
-  vf p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r + 1.0f);
-  vf result = cast<vf>(cast<vu>(p) + (cast<vu>(rounded) << 23));
+// 2^x for x <= 0 (and a rounding error above it), within 2e-7 of the true value relatively and exact for 0; 0 below -126
+// (and for -inf), NaN for NaN. The polynomials are least in their largest relative error, with 1 for x = 0.
+HJ_INLINE vf exp2_nonpositive(vf x) {
 #if defined(__AVX512F__)
-  __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
-  return (vf)_mm512_mask_blend_ps(tiny, (__m512)result, _mm512_setzero_ps());
+  const vf r = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+  vf p = splat(1.8689563730731606e-3f);
+  p = fma(p, r, splat(9.014884941279888e-3f));
+  p = fma(p, r, splat(5.579930171370506e-2f));
+  p = fma(p, r, splat(2.4016565084457397e-1f));
+  p = fma(p, r, splat(6.9315105676651e-1f));
+  p = fma(p, r, splat(1.0f));
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
 #else
-  return x < -87.0f ? vf{} : result;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const vf rounded = x + magic;
+  const vf r = x - (rounded - magic);
+  vf p = splat(1.3274633093e-3f);
+  p = fma(p, r, splat(9.671961888670921e-3f));
+  p = fma(p, r, splat(5.5506784468889236e-2f));
+  p = fma(p, r, splat(2.4022234976291656e-1f));
+  p = fma(p, r, splat(6.931470632553101e-1f));
+  p = fma(p, r, splat(1.0f));
+  const vf result = cast<vf>(cast<vu>(p) + (cast<vu>(rounded) << 23));
+  return x < -126.0f ? vf{} : result;
 #endif
 }
 
@@ -135,7 +139,7 @@ HJ_INLINE vf tanh_of(vf x) {
   p = fma(p, z, splat(1.33314422036e-1f));
   p = fma(p, z, splat(-3.33332819422e-1f));
   vf near = fma(p * z, x, x);
-  vf e = exp_nonpositive(size * -2.0f);
+  vf e = exp2_nonpositive(size * -2.88539008177792681f);  // e^(-2 size)
   vf far = (1.0f - e) / (1.0f + e);
   far = cast<vf>(cast<vi>(far) | (cast<vi>(x) & splat_i(INT32_MIN)));
   return size < 0.625f ? near : far;

@@ -5,6 +5,9 @@
 
 namespace {
 
+// Scores, their maxima and slopes are logarithms to base 2: a factor of log2(e), and weights are powers of 2.
+constexpr float kLog2E = 1.44269504088896341f;
+
 struct Vector {  // one query head of one row
   int64_t position;
   float slope;
@@ -39,7 +42,7 @@ static vf finish_scores(const Call& c, const Tile& tile, const HeadTile& in, int
       float* at = scores + b * kBlock + j * kWidth;
       vf x = load<vf>(at) * scale;
       if (scaled) x = x * load<vf>(in.k_scale[b] + j * kWidth);
-      if (c.softcap != 0) x = tanh_of(x * (1.0f / c.softcap)) * c.softcap;
+      if (c.softcap != 0) x = tanh_of(x * (1.0f / (c.softcap * kLog2E))) * (c.softcap * kLog2E);
       vi lane = lane_index() + j * kWidth;
       if (c.slopes) {
         vi distance = lane + (int32_t)(start - vector.position);
@@ -59,83 +62,95 @@ static vf finish_scores(const Call& c, const Tile& tile, const HeadTile& in, int
   return top;
 }
 
-// The same for a vector that sees all of a tile, without cap and bias.
-static vf scale_scores(const Call& c, const HeadTile& in, const Vector& vector, float* scores) {
+// The maximum of a vector that sees all of a tile, without cap and bias. Its scores stay as they are, but for the scales
+// of the keys.
+static vf top_score(const Call& c, const HeadTile& in, const Vector& vector, float* scores) {
   const vf scale = splat(vector.scale);
   vf top = splat(kLowest);
+#pragma GCC unroll 8
   for (int b = 0; b < kTileBlocks; ++b)
+#pragma GCC unroll 4
     for (int j = 0; j < kBlockVectors; ++j) {
       float* at = scores + b * kBlock + j * kWidth;
-      vf x = load<vf>(at) * scale;
-      if (c.kv == KvType::kI8) x = x * load<vf>(in.k_scale[b] + j * kWidth);
-      store(at, x);
-      top = max(top, x);
+      vf x = load<vf>(at);
+      if (c.kv == KvType::kI8) store(at, x = x * load<vf>(in.k_scale[b] + j * kWidth));
+      top = max(top, x * scale);
     }
   return top;
 }
 
 #if HJ_INT8_DOT
 // Weights [registers] as words of 4 high and 4 low bytes of 16-bit fixed-point numbers; returns what one unit is worth.
-HJ_INLINE float fix_weights(const vf* weights, int registers, float largest, int8_t* to) {
+HJ_INLINE float fix_weights(const vf* weights, int registers, int8_t* to) {
   constexpr float kMost = 65280.0f;  // 255 * 256
+  __m512i bits = _mm512_setzero_si512();  // ordered as the weights are, NaN above all: it stays
+  for (int i = 0; i < registers; ++i) bits = _mm512_max_epi32(bits, (__m512i)weights[i]);
+  const float largest = cast<float>(_mm512_reduce_max_epi32(bits));
   const vf factor = splat(largest > 0 ? kMost / largest : 0.0f);
-#pragma GCC unroll 8
-  for (int i = 0; i < registers; ++i) {
-    const __m512i whole = _mm512_cvtps_epi32((__m512)(weights[i] * factor));
-    const __m128i high = _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)), low = _mm512_cvtepi32_epi8(whole);
-    store(to + i * 2 * kWidth, _mm_unpacklo_epi32(high, low));
-    store(to + i * 2 * kWidth + kWidth, _mm_unpackhi_epi32(high, low));
+  // Of each four numbers of 32 bits, the second bytes and then the first; the fours of two registers one after the other.
+  const __m512i bytes = _mm512_set4_epi32(0, 0, 0x0c080400, 0x0d090501);
+  const __m512i halves = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+  for (int i = 0; i < registers; i += 2) {
+    const __m512i first = _mm512_shuffle_epi8(_mm512_cvtps_epi32((__m512)(weights[i] * factor)), bytes);
+    const __m512i second = _mm512_shuffle_epi8(_mm512_cvtps_epi32((__m512)(weights[i + 1] * factor)), bytes);
+    store(to + i * 2 * kWidth, _mm512_permutex2var_epi64(first, halves, second));
   }
   return largest / kMost;
 }
 #endif
 
-// Scores over `blocks` blocks become weights; keeps sum and unit of vector m.
-template <class T>
-HJ_INLINE void weights_of(const Call& c, const float* const* v_scale, int blocks, const float* scores, float top,
+// Scores of vector m over `blocks` blocks become weights, 2^(score * factor - top); keeps their sum and unit. WHOLE: all
+// of a tile's tokens, and all of them seen.
+template <class T, bool WHOLE>
+HJ_INLINE void weights_of(const Call& c, const float* const* v_scale, int blocks, const float* scores, float factor,
                           typename T::Query* weights, TileSums* sums, int m, Ahead* ahead) {
   const bool scaled = c.kv == KvType::kI8;
-  vf p[kTileBlocks * kBlockVectors];
-  vf sum = {}, scaled_sum = {}, largest = {};
+  const int registers = WHOLE ? kTileBlocks * kBlockVectors : blocks * kBlockVectors;
+  const vf top = splat(sums->top[m]), scale = splat(factor);
+  vf p[kTileBlocks * kBlockVectors + 1] = {};
+  vf sum[2] = {};
 #pragma GCC unroll 16
-  for (int i = 0; i < blocks * kBlockVectors; ++i) {
-    ahead->fetch(1);  // the memory would stand idle meanwhile
-    p[i] = exp_nonpositive(load<vf>(scores + i * kWidth) - top);
-    sum = sum + p[i];
+  for (int i = 0; i < registers; ++i) {
+    ahead->fetch<kSoftmaxLines>();  // the memory would stand idle meanwhile
+    p[i] = exp2_nonpositive(fma(load<vf>(scores + i * kWidth), scale, -top));
+    sum[i % 2] = sum[i % 2] + p[i];
     if (scaled) {
+      const vf worth = p[i] * load<vf>(v_scale[i / kBlockVectors] + i % kBlockVectors * kWidth);
       // Scales of tokens that are not seen may be NaN.
-      const vf scale = load<vf>(v_scale[i / kBlockVectors] + i % kBlockVectors * kWidth);
-      p[i] = cast<vf>(cast<vi>(p[i] * scale) & (p[i] != 0.0f));
-      scaled_sum = scaled_sum + p[i], largest = max(largest, p[i]);
+      p[i] = WHOLE ? worth : cast<vf>(cast<vi>(worth) & (p[i] != 0.0f));
     }
     if constexpr (!T::kFixedPoint) store_query(weights + i * kWidth, p[i]);
   }
-  sums->sum[m] = reduce_sum(sum);
+  sums->sum[m] = reduce_sum(sum[0] + sum[1]);
 #if HJ_INT8_DOT
-  if constexpr (T::kFixedPoint) {
-    const float total = reduce_sum(scaled_sum);
-    sums->unit[m] = fix_weights(p, blocks * kBlockVectors, reduce_max(largest), weights) + (total - total);  // NaN stays
-  }
+  if constexpr (T::kFixedPoint) sums->unit[m] = fix_weights(p, registers, weights);
 #endif
 }
 
-// Scores of vector m of a pass over blocks [begin, end) become weights.
+// Scores of `count` vectors over blocks [begin, end) become weights. First all maxima and then all weights: what one
+// vector waits for, others use.
 template <class T>
-static void softmax_row(const Call& c, const Tile& tile, const HeadTile& in, int begin, int end, const Vector& vector,
-                        float* scores, typename T::Query* weights, TileSums* sums, int m, Ahead* ahead) {
-  const bool sees_all = tile.whole && begin == 0 && end == kTileBlocks &&
-                        tile.start[kTileBlocks - 1] + kBlock - 1 <= vector.position &&
-                        !(c.window && tile.start[0] < vector.position - c.window + 1);
-  if (sees_all && c.softcap == 0 && !c.slopes) {
-    sums->top[m] = reduce_max(scale_scores(c, in, vector, scores));
-    return weights_of<T>(c, in.v_scale, kTileBlocks, scores, sums->top[m], weights, sums, m, ahead);
-  }
-  sums->top[m] = reduce_max(finish_scores(c, tile, in, begin, end, vector, scores));
-  weights_of<T>(c, in.v_scale + begin, end - begin, scores + begin * kBlock, sums->top[m],
-                weights + begin * kBlock * T::kPerQuery / T::kPerWord, sums, m, ahead);
+static void softmax(const Call& c, const Tile& tile, const HeadTile& in, int begin, int end, const Vector* vectors,
+                    int count, float* scores, typename T::Query* weights, TileSums* sums, Ahead* ahead) {
+  constexpr int kSpread = T::kPerQuery / T::kPerWord;
+  auto whole = [&](const Vector& vector) {
+    return tile.whole && begin == 0 && end == kTileBlocks && c.softcap == 0 && !c.slopes &&
+           tile.start[kTileBlocks - 1] + kBlock - 1 <= vector.position &&
+           !(c.window && tile.start[0] < vector.position - c.window + 1);
+  };
+  for (int m = 0; m < count; ++m)
+    sums->top[m] = reduce_max(whole(vectors[m]) ? top_score(c, in, vectors[m], scores + m * kTile)
+                                                : finish_scores(c, tile, in, begin, end, vectors[m], scores + m * kTile));
+  for (int m = 0; m < count; ++m)
+    if (whole(vectors[m]))
+      weights_of<T, true>(c, in.v_scale, kTileBlocks, scores + m * kTile, vectors[m].scale, weights + m * kTile * kSpread,
+                          sums, m, ahead);
+    else
+      weights_of<T, false>(c, in.v_scale + begin, end - begin, scores + m * kTile + begin * kBlock, 1.0f,
+                           weights + (m * kTile + begin * kBlock) * kSpread, sums, m, ahead);
 }
 
-static float exp_scalar(float x) { return exp_nonpositive(splat(x))[0]; }
+static float exp2_scalar(float x) { return exp2_nonpositive(splat(x))[0]; }
 
 // What the values so far and those of a tile count when they are added, a vector at each place.
 struct FoldWeights {
@@ -147,7 +162,7 @@ struct FoldWeights {
 static void fold_sums(int count, float* top, float* sum, const TileSums& tile, FoldWeights* weights) {
   for (int m = 0; m < count; m += kWidth) {  // all arrays are padded to a register
     const vf before = load<vf>(top + m), now = load<vf>(tile.top + m), highest = max(before, now);
-    const vf old_weight = exp_nonpositive(before - highest), new_weight = exp_nonpositive(now - highest);
+    const vf old_weight = exp2_nonpositive(before - highest), new_weight = exp2_nonpositive(now - highest);
     store(top + m, highest);
     store(sum + m, fma(load<vf>(sum + m), old_weight, load<vf>(tile.sum + m) * new_weight));
     store(weights->before + m, old_weight), store(weights->tile + m, new_weight);
@@ -166,15 +181,15 @@ static float log_scalar(float x) { return __builtin_logf(x); }
 // Divides by the sum and writes one head of one row.
 static void write_output(const Call& c, int64_t row, int64_t head, float top, float sum, float* values) {
   if (c.sinks) {
-    const float sink = c.sinks[head];
+    const float sink = c.sinks[head] * kLog2E;
     const float highest = top > sink ? top : sink;
-    const float weight = exp_scalar(top - highest);
+    const float weight = exp2_scalar(top - highest);
     for (int64_t d = 0; d < c.v_pad; d += kWidth) store(values + d, load<vf>(values + d) * weight);
-    sum = sum * weight + exp_scalar(sink - highest);
+    sum = sum * weight + exp2_scalar(sink - highest);
     top = highest;
   }
   const int64_t at = row * c.heads + head;
-  if (c.lse) c.lse[at] = sum == 0 ? -__builtin_inff() : top + log_scalar(sum);
+  if (c.lse) c.lse[at] = sum == 0 ? -__builtin_inff() : top / kLog2E + log_scalar(sum);
   const vf factor = splat(sum == 0 ? 0.0f : 1.0f / sum);
   for (int64_t d = 0; d < c.v_pad; d += kWidth) store(values + d, load<vf>(values + d) * factor);
   if (c.q_bf16) {
