@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 import models
-from hetero_jax.config import KV_CACHE_DTYPES, ORDERS, EngineConfig
+from hetero_jax.config import KV_CACHE_DTYPES, KV_PARTITIONS, ORDERS, EngineConfig
 from hetero_jax.endpoint import read_secret
 from hetero_jax.engine import Engine
 from hetero_jax.errors import ConfigError, HeteroJaxError
@@ -123,6 +123,8 @@ def _engine_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workers_file", None, text, flag_values=values)
     text = "Workers to start here, each on its own cores with its part of kv_cache_bytes."
     flags.DEFINE_integer("local_workers", 0, text, flag_values=values)
+    text = "What workers share out: whole sequences, or the KV heads of every sequence."
+    flags.DEFINE_enum("kv_partition", "sequence", list(KV_PARTITIONS), text, flag_values=values)
     _secret_flag(values)
     text = "PEM file of the CAs of the workers' certificates; default: no TLS."
     flags.DEFINE_string("tls_ca", None, text, flag_values=values)
@@ -283,7 +285,7 @@ def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches", "order")
     names += ("max_model_len", "tier1", "attention", "secret_file", "tls_ca", "wire_dtype", "step_timeout_s")
-    names += ("worker_wait_s", "workers_file", "local_workers", "tier1_memory_gb", "seed")
+    names += ("worker_wait_s", "workers_file", "local_workers", "kv_partition", "tier1_memory_gb", "seed")
     config = {name: values[name] for name in names}
     return {
         **config,

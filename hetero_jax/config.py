@@ -10,6 +10,7 @@ from hetero_jax.wire import WIRE_DTYPES
 from transport import MAX_LAYOUTS
 
 ORDERS = ("deepest", "oldest")
+KV_PARTITIONS = ("sequence", "head")
 KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -34,6 +35,8 @@ class EngineConfig:
     workers_file: lines of such addresses, watched: workers join and leave while a job runs.
     local_workers: processes to start on this machine as workers, each on its own cores with its part of kv_cache_bytes.
       Without workers of any kind, this process serves tier 2.
+    kv_partition: "sequence" gives each sequence to one worker; "head" gives each worker some KV heads of every
+      sequence, as evenly as they divide, so that all work on each and hold as much.
     secret_file: holds the secret shared with workers elsewhere, 16 bytes or more; needed unless all are on loopback.
     tls_ca: PEM file of the CAs that sign the workers' certificates; None: no TLS.
     wire_dtype: element type of rows on their way to workers and back, one of WIRE_DTYPES; float32 gives the tokens of
@@ -60,6 +63,7 @@ class EngineConfig:
     workers: tuple[str, ...] = ()
     workers_file: str | None = None
     local_workers: int = 0
+    kv_partition: Literal["sequence", "head"] = "sequence"
     secret_file: str | None = None
     tls_ca: str | None = None
     wire_dtype: str = "bfloat16"
@@ -88,6 +92,9 @@ class EngineConfig:
         _check("local_workers", self.local_workers, self.local_workers >= 0, "0 or more")
         away = not self.has_workers or self.attention == "tier2"
         _check("attention", self.attention, away, "tier2, as there are workers")
+        _check("kv_partition", self.kv_partition, self.kv_partition in KV_PARTITIONS, f"one of {KV_PARTITIONS}")
+        whole = self.has_workers or self.kv_partition == "sequence"
+        _check("kv_partition", self.kv_partition, whole, "sequence, as there are no workers")
         for name in ("secret_file", "tls_ca"):
             known = getattr(self, name) is None or bool(self.workers or self.workers_file)
             _check(name, getattr(self, name), known, "None, as there are no workers")

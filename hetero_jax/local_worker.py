@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from hetero_jax.errors import WorkerError
 from hetero_jax.worker_session import WorkerSession
+from transport import Hello
 
 _SECRET_BYTES = 32
 
@@ -25,11 +26,11 @@ class LocalWorker:
     Args:
       kv_cache_bytes: memory of its pools.
       cores: that it may run on; None: all.
-      begin: begins a session with (address, secret).
+      begin: begins a session with (address, secret, what the worker is to serve).
     """
 
     def __init__(
-        self, *, kv_cache_bytes: int, cores: Sequence[int] | None, begin: Callable[[str, bytes], WorkerSession]
+        self, *, kv_cache_bytes: int, cores: Sequence[int] | None, begin: Callable[[str, bytes, Hello], WorkerSession]
     ) -> None:
         self._kv_cache_bytes, self._cores, self._begin = kv_cache_bytes, cores, begin
         self._secret = secrets.token_bytes(_SECRET_BYTES)
@@ -37,7 +38,7 @@ class LocalWorker:
         self._is_fresh = True
         weakref.finalize(self, _end, self._processes)
 
-    def connect(self) -> WorkerSession:
+    def connect(self, hello: Hello) -> WorkerSession:
         """Begin a session; a process that had one before is replaced, whatever became of it.
 
         Raises:
@@ -50,7 +51,7 @@ class LocalWorker:
         line = _stdout(self._processes[-1]).readline().decode()
         if not line:
             raise WorkerError(f"local worker: it ended with code {self._processes[-1].wait()} before it listened")
-        return self._begin(line.removeprefix("listening on ").strip(), self._secret)
+        return self._begin(line.removeprefix("listening on ").strip(), self._secret, hello)
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "hetero_jax", "worker", "--supervised", "--listen=127.0.0.1:0"]

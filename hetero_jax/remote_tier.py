@@ -13,11 +13,11 @@ import numpy as np
 from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.devices import start_copy
 from hetero_jax.joined_rows import JoinedRows
+from hetero_jax.pool_session import PendingCall, PlacedRows
 from hetero_jax.rows import select
 from hetero_jax.tracing import Trace
 from hetero_jax.wire import from_wire, to_wire, wired_shape
 from hetero_jax.worker_fleet import WorkerFleet
-from hetero_jax.worker_session import Call, Share
 from partition import PlannedSite, Port
 
 
@@ -39,9 +39,9 @@ class PendingRows:
     """The answer of a call that is on its way. dtype: that the query's rows had before it."""
 
     def __init__(
-        self, site: int, parts: Sequence[tuple[np.ndarray, Call]], shape: tuple[int, ...], wired: Any, dtype: Any
+        self, site: int, parts: Sequence[tuple[np.ndarray, PendingCall]], shape: tuple[int, ...], wired: Any, dtype: Any
     ) -> None:
-        """parts: rows of each worker's call, and that; shape: [R, ...] of dtype `wired`."""
+        """parts: rows of each pool's call, and that; shape: [R, ...] of dtype `wired`."""
         self.site, self.dtype = site, dtype
         self._parts, self._shape, self._wired = parts, shape, wired
 
@@ -76,8 +76,8 @@ class PendingRows:
 class RemoteTier:
     """Serves `attend` by workers; rows travel in `wire_dtype`, converted on tier 1.
 
-    A sequence's pages are on one worker. A call's rows go to all workers at once and come together in their order.
-    Those of a worker that is lost on the way are 0: no other row depends on them, and the fleet tells of the loss.
+    A sequence's pages are in one pool. A call's rows go to all pools at once and come together in their order.
+    Those of a pool that is lost on the way are 0: no other row depends on them, and the fleet tells of the loss.
 
     Args:
       sites: of the plan.
@@ -112,8 +112,8 @@ class RemoteTier:
         """Bytes of all pools that are there."""
         return sum(session.pool_bytes for session in self._fleet.sessions.values())
 
-    def place_layout(self, layout: AttentionLayout, pools: Sequence[int]) -> list[Share]:
-        """Each worker's part of the call. pools: of each sequence of the layout, without padding."""
+    def place_layout(self, layout: AttentionLayout, pools: Sequence[int]) -> list[PlacedRows]:
+        """Each pool's part of the call. pools: of each sequence of the layout, without padding."""
         homes = np.asarray(pools)
         return [
             session.place(*select(layout, np.flatnonzero(homes == pool)))
@@ -127,7 +127,7 @@ class RemoteTier:
         start_copy(wired, self._host)
         return [Leaving(wired=array, dtype=row.dtype) for array, row in zip(wired, arrays, strict=True)]
 
-    def attend(self, site: int, layouts: Sequence[Share], inputs: Sequence[Leaving]) -> PendingRows:
+    def attend(self, site: int, layouts: Sequence[PlacedRows], inputs: Sequence[Leaving]) -> PendingRows:
         """Send the rows of q, k and v, of q alone where the site shares a pool, or all as one where it has no kernel.
 
         `fetch` waits for the answers.
@@ -139,8 +139,7 @@ class RemoteTier:
         else:
             shape = wired_shape((spec.num_heads, spec.v_head_dim), self._wire_dtype)
         calls = [
-            (share.rows, share.session.attend(site, share, [share.take(array) for array in arrays], shape))
-            for share in layouts
+            (placed.rows, placed.attend(site, [placed.take(array) for array in arrays], shape)) for placed in layouts
         ]
         return PendingRows(site, calls, (len(arrays[0]), *shape), arrays[0].dtype, inputs[0].dtype)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,10 +10,13 @@ import jax
 
 from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.config import EngineConfig
-from hetero_jax.described_site import describe, fingerprint
+from hetero_jax.described_site import describe
 from hetero_jax.devices import Placement
 from hetero_jax.endpoint import engine_tls, read_secret
+from hetero_jax.errors import ConfigError
+from hetero_jax.head_fleet import HeadFleet
 from hetero_jax.local_worker import LocalWorker, own_cores
+from hetero_jax.offer import Offer
 from hetero_jax.pages import pages_for
 from hetero_jax.remote_tier import RemoteTier
 from hetero_jax.worker_fleet import WorkerFleet
@@ -49,33 +51,38 @@ def _make_fleet(
     config: EngineConfig, plan: Plan, weights: Mapping[Value, jax.Array], *, dtype: Any, max_model_len: int
 ) -> WorkerFleet:
     shape = {"page_size": config.page_size, "dtype": dtype, "wire_dtype": config.wire_dtype}
+    if config.kv_partition == "head":
+        _check_heads(plan)
     sites, artifacts = describe(plan.sites, weights, **shape)
-    identity = fingerprint(sites, artifacts)
     most_pages = config.max_num_seqs * pages_for(max_model_len, config.page_size)
 
-    def begin(address: str, secret: bytes | None, tls: ssl.SSLContext | None = None) -> WorkerSession:
-        hello = Hello(
-            fingerprint=identity,
-            generation=time.time_ns(),
-            page_budget=most_pages,
-            sites=sites,
-            artifacts=artifacts,
-        )
+    def begin(address: str, secret: bytes | None, hello: Hello, tls: ssl.SSLContext | None = None) -> WorkerSession:
         return WorkerSession(address, hello, secret, tls, step_timeout_s=config.step_timeout_s, window=plan.window)
 
     secret, tls = read_secret(config.secret_file), engine_tls(config.tls_ca)
-    return WorkerFleet(
+    fleet = HeadFleet if config.kv_partition == "head" else WorkerFleet
+    return fleet(
         config.workers,
-        connect=lambda address: begin(address, secret, tls),
+        connect=lambda address, hello: begin(address, secret, hello, tls),
         local=_start_local_workers(config, begin),
+        offer=Offer(sites=sites, artifacts=artifacts, most_pages=most_pages),
         file=None if config.workers_file is None else WorkersFile(config.workers_file),
         wait_s=config.worker_wait_s,
     )
 
 
+def _check_heads(plan: Plan) -> None:
+    for site in plan.sites:
+        if site.spec is None:
+            raise ConfigError(
+                f"kv_partition='head', but the heads of the attention opened at {site.site.opening.where} are not "
+                f"known, as {site.unrecognised}; allowed: 'sequence'"
+            )
+
+
 def _start_local_workers(
-    config: EngineConfig, begin: Callable[[str, bytes | None], WorkerSession]
-) -> dict[str, Callable[[], WorkerSession]]:
+    config: EngineConfig, begin: Callable[[str, bytes, Hello], WorkerSession]
+) -> dict[str, Callable[[Hello], WorkerSession]]:
     """What begins a session with each, by its name."""
     count = config.local_workers
     return {

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from hetero_jax.errors import WorkerError
+from hetero_jax.offer import Offer
+from hetero_jax.pool_session import PoolSession
 from hetero_jax.scheduler import Scheduler
-from hetero_jax.scheduler_types import PoolEvent, PoolJoined, PoolLost
+from hetero_jax.scheduler_types import PoolEvent, PoolLost
 from hetero_jax.tracing import Trace
 from hetero_jax.worker_link import WorkerLink
 from hetero_jax.worker_session import WorkerSession
 from hetero_jax.workers_file import WorkersFile
+from transport import Hello
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.05
@@ -27,6 +30,7 @@ class WorkerFleet:
       addresses: HOST:PORT of workers that must be there now.
       connect: begins a session with an address.
       local: begins one with each worker of this machine, by its name; these must be there too.
+      offer: what workers are to serve.
       file: further addresses; those that cannot be reached yet are tried again while the job runs.
       wait_s: how long a job waits where no worker can go on with it.
 
@@ -40,27 +44,36 @@ class WorkerFleet:
         self,
         addresses: Sequence[str],
         *,
-        connect: Callable[[str], WorkerSession],
-        local: Mapping[str, Callable[[], WorkerSession]],
+        connect: Callable[[str, Hello], WorkerSession],
+        local: Mapping[str, Callable[[Hello], WorkerSession]],
+        offer: Offer,
         file: WorkersFile | None,
         wait_s: float,
     ) -> None:
         self.num_lost = self.num_moved = 0
         self.trace: Trace | None = None
-        self._connect, self._file, self._wait_s = connect, file, wait_s
+        self._connect, self._offer, self._file, self._wait_s = connect, offer, file, wait_s
         self._numbers = itertools.count()
         connects = {address: partial(connect, address) for address in addresses} | dict(local)
         self._links = [self._link(name, each) for name, each in connects.items()]
-        self._joined: list[PoolJoined] = [link.join() for link in self._links]  # not told yet
+        self._joined: list[PoolEvent] = [link.join(self._hello()) for link in self._links]  # not told yet
         self._fixed = frozenset(connects)
         if file is not None:
             self._follow_file(file)
-            self._joined += [event for link in self._links if (event := link.try_join()) is not None]
+            self._joined += [event for link in self._links if (event := link.try_join(self._hello())) is not None]
 
     @property
-    def sessions(self) -> dict[int, WorkerSession]:
+    def sessions(self) -> Mapping[int, PoolSession]:
         """Sessions by the number of their pool."""
+        return self._workers
+
+    @property
+    def _workers(self) -> dict[int, WorkerSession]:
         return {link.pool: link.session for link in self._links if link.session is not None}
+
+    def _hello(self) -> Hello:
+        """To the next worker."""
+        return self._offer.whole()
 
     def follow(self, scheduler: Scheduler) -> bool:
         """Tell the scheduler what has happened to pools; True where it was told.
@@ -71,18 +84,16 @@ class WorkerFleet:
         self._joined = []
         for event in events:
             scheduler.apply(event)
-            self.num_lost += isinstance(event, PoolLost)
         self._move(scheduler)
         for number in scheduler.drained_pools:
-            (link,) = (link for link in self._links if link.session is not None and link.pool == number)
-            scheduler.apply(link.let_go())
+            scheduler.apply(self._let_go(number))
         return bool(events)
 
     def _move(self, scheduler: Scheduler) -> None:
         num_replays = scheduler.num_replays
         moves = scheduler.migrate()
         for move in moves:
-            source, target = self.sessions[move.source], self.sessions[move.target]
+            source, target = self._workers[move.source], self._workers[move.target]
             if source.copy_pages(move.source_pages, target, move.target_pages, self.trace):
                 self.num_moved += 1
             else:
@@ -115,9 +126,14 @@ class WorkerFleet:
         if self._file is not None and self._file.changed():
             self._follow_file(self._file)
         for link in self._links:
-            while (event := link.poll()) is not None:
+            while (event := link.poll(self._hello)) is not None:
+                self.num_lost += isinstance(event, PoolLost)
                 yield event
         self._links = [link for link in self._links if not link.gone]
+
+    def _let_go(self, pool: int) -> PoolLost:
+        (link,) = (link for link in self._links if link.session is not None and link.pool == pool)
+        return link.let_go()
 
     def _follow_file(self, file: WorkersFile) -> None:
         known = {link.name for link in self._links}
@@ -127,5 +143,5 @@ class WorkerFleet:
         for link in self._links:
             link.wanted = link.name in self._fixed or link.name in file.addresses
 
-    def _link(self, name: str, connect: Callable[[], WorkerSession]) -> WorkerLink:
+    def _link(self, name: str, connect: Callable[[Hello], WorkerSession]) -> WorkerLink:
         return WorkerLink(name, connect, self._numbers.__next__)

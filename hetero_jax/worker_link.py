@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 from hetero_jax.errors import HeteroJaxError
 from hetero_jax.scheduler_types import PoolDraining, PoolEvent, PoolJoined, PoolLost, PoolMeasured
 from hetero_jax.worker_session import WorkerSession
+from transport import Hello
 
 _logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
@@ -22,11 +24,11 @@ class WorkerLink:
 
     Args:
       name: what messages call the worker.
-      connect: begins a session, or raises HeteroJaxError or OSError.
+      connect: begins a session of what the worker is to serve, or raises HeteroJaxError or OSError.
       take_number: gives the number of the next pool.
     """
 
-    def __init__(self, name: str, connect: Callable[[], WorkerSession], take_number: Callable[[], int]) -> None:
+    def __init__(self, name: str, connect: Callable[[Hello], WorkerSession], take_number: Callable[[], int]) -> None:
         self.name, self.wanted = name, True
         self.session: WorkerSession | None = None
         self.pool = -1  # of the session
@@ -42,18 +44,22 @@ class WorkerLink:
         """It is not wanted any more, and nothing is left of it."""
         return not self.wanted and self.session is None
 
-    def join(self) -> PoolJoined:
+    def join(self, hello: Hello) -> PoolJoined:
         """Connect now. Raises what `connect` raises."""
-        return self._begin(self._connect())
+        return self._begin(self._connect(hello))
 
-    def try_join(self) -> PoolJoined | None:
+    def try_join(self, hello: Hello) -> PoolJoined | None:
         """Connect now where it is not connected; None where that fails, to be tried again."""
-        return None if self.session is not None else self._try(self._connect)
+        return None if self.session is not None else self._try(partial(self._connect, hello))
 
-    def poll(self) -> PoolEvent | None:
-        """What has happened since; at most one event a call, to be asked for until there is none."""
+    def poll(self, greet: Callable[[], Hello]) -> PoolEvent | None:
+        """What has happened since; at most one event a call, to be asked for until there is none.
+
+        Args:
+          greet: makes a Hello for the next session.
+        """
         if self.session is None:
-            return self._poll_attempt()
+            return self._poll_attempt(greet)
         self.session.look()
         if (failure := self.session.failure) is not None:
             _logger.warning("worker %s is lost, its sequences are computed again: %s", self.name, failure)
@@ -83,12 +89,12 @@ class WorkerLink:
         self.session = None
         return PoolLost(self.pool)
 
-    def _poll_attempt(self) -> PoolJoined | None:
+    def _poll_attempt(self, greet: Callable[[], Hello]) -> PoolJoined | None:
         if not self.wanted:
             return None
         if self._attempt is None:
             if time.monotonic() >= self._retry_at_s:
-                self._attempt = _in_a_thread(self._connect)
+                self._attempt = _in_a_thread(partial(self._connect, greet()))
             return None
         if not self._attempt.done():
             return None

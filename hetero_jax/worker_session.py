@@ -15,38 +15,30 @@ from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.depth import CallTimes
 from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
+from hetero_jax.pool_session import PlacedRows
 from hetero_jax.speed import SpeedMeter, Work
 from hetero_jax.tracing import PageCopy, Trace, WorkerCall
-from transport import MAX_LAYOUTS, MAX_PAGES_BYTES, Answer, Hello, Result, TransportError, WorkerClient, connect
+from transport import MAX_LAYOUTS, MAX_PAGES_BYTES, Answer, Hello, Result, Stats, TransportError, WorkerClient, connect
 from transport.errors import ConnectionLostError
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Share:
+class Share(PlacedRows):
     """A worker's part of the calls of a microbatch.
 
-    rows: [n] of the call.
-    num_rows: of the worker's call: n and padding, whose contents do not matter.
     slot: of the layout that the worker has; given back with the Share.
     work: what its calls say of the worker's speed; None: nothing.
     """
 
     session: WorkerSession
-    rows: np.ndarray
-    num_rows: int
     slot: int
     work: Work | None
 
-    def take(self, array: np.ndarray) -> np.ndarray:
-        """[num_rows, ...] of an array [R, ...]; a view where the rows stand together."""
-        first, count = int(self.rows[0]), len(self.rows)
-        if first + self.num_rows <= len(array) and (np.diff(self.rows) == 1).all():
-            return array[first : first + self.num_rows]
-        taken = np.zeros((self.num_rows, *array.shape[1:]), array.dtype)
-        taken[:count] = array[self.rows]
-        return taken
+    def attend(self, site: int, inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]) -> Call:
+        """As PlacedRows."""
+        return self.session.attend(site, self, inputs, row_shape)
 
 
 class WorkerSession:
@@ -54,7 +46,7 @@ class WorkerSession:
 
     Args:
       address: HOST:PORT.
-      hello: what the worker is to serve; its generation must be newer than any before.
+      hello: what the worker is to serve; its generation must be newer than any before. `sites` keeps what it has.
       secret: shared with the worker; None for loopback.
       tls: of this side; None: no TLS.
       step_timeout_s: a worker that has calls to answer and answers none for so long is lost, connected or not.
@@ -73,7 +65,7 @@ class WorkerSession:
         step_timeout_s: float,
         window: int | None,
     ) -> None:
-        self.address = address
+        self.address, self.sites = address, hello.sites
         host, port = split_address(address)
         self._client: WorkerClient = self._guard(lambda: connect(host, port, hello, secret=secret, tls=tls))
         weakref.finalize(self, self._client.close)  # its threads would keep it for ever
@@ -82,8 +74,10 @@ class WorkerSession:
         self._free_slots = list(range(MAX_LAYOUTS))
         self.times = CallTimes()
         self._meter = SpeedMeter(num_sites=len(hello.sites), window=window)
+        self._take_stock(self._guard(lambda: self._client.stats().result(step_timeout_s)))
+
+    def _take_stock(self, stats: Stats) -> None:
         self.num_pages = self._client.welcome.page_budget
-        stats = self._guard(lambda: self._client.stats().result(step_timeout_s))
         self.pool_bytes = cast("int", stats.values["pool_bytes"])
         self._pages_at_once = MAX_PAGES_BYTES * self.num_pages // self.pool_bytes
         self.page_format = cast("str", stats.values["page_format"]) if self._pages_at_once else ""
@@ -103,8 +97,21 @@ class WorkerSession:
         """The worker is about to leave."""
         return self._client.draining.is_set()
 
+    def renew(self, hello: Hello) -> Answer[Stats] | None:
+        """Ask for another pool in place of the present one and all that is in it; `granted` takes what this gives."""
+        self.sites = hello.sites
+        self._unless_lost(lambda: self._client.hello(hello))
+        return self._unless_lost(self._client.stats)  # answers come in order
+
+    def granted(self, stats: Answer[Stats] | None) -> bool:
+        """Wait for the other pool; False where the worker is lost, or refused."""
+        found = None if stats is None else self.finish(stats)
+        if found is not None:
+            self._take_stock(found)
+        return found is not None
+
     def place(self, rows: np.ndarray, layout: AttentionLayout) -> Share:
-        """Send the layout of these rows, at least one, once for all sites of a microbatch."""
+        """As PoolSession."""
         if not self._free_slots:
             raise WorkerError(f"worker {self.address}: {MAX_LAYOUTS} microbatches in flight; allowed: no more")
         slot = self._free_slots.pop()
@@ -116,7 +123,7 @@ class WorkerSession:
         return share
 
     def attend(self, site: int, share: Share, inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]) -> Call:
-        """Send the rows of q, k and v, or of q alone where the site shares a pool; the answer is [R, *row_shape]."""
+        """As PlacedRows."""
         q, *kept = inputs
         k, v = kept or (None, None)
         began_s = time.monotonic()
@@ -231,18 +238,16 @@ class Call:
         self._trace: tuple[Trace, str] | None = None
 
     def traced_by(self, trace: Trace, name: str) -> None:
-        """Tell the trace of it once it is back."""
+        """As PendingCall, as what follows."""
         self._trace = trace, name
 
     def is_ready(self) -> bool:
-        """Whether `rows` need not wait; looks for what has come."""
         if self._answer is None or self._answer.done:
             return True
         self._session.read_ready()
         return self._answer.done
 
     def rows(self) -> np.ndarray | None:
-        """The answer; None where the worker is lost. Raises WorkerError where it failed otherwise."""
         answer = self._answer
         result = None if answer is None else self._session.finish(answer)
         if answer is None or result is None:

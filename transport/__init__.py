@@ -20,6 +20,7 @@ from transport.messages import (
     Pages,
     Release,
     Result,
+    Stats,
     StorePages,
 )
 from transport.peer import Timing
@@ -38,6 +39,7 @@ __all__ = [
     "Pages",
     "Release",
     "Result",
+    "Stats",
     "StorePages",
     "Timing",
     "TransportError",

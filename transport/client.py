@@ -49,7 +49,7 @@ from transport.streams import check_address, open_stream
 class WorkerClient:
     """A worker, seen from the engine. Any thread may call it; requests are served in the order of the calls.
 
-    welcome: the worker's Hello, with what it grants.
+    welcome: the worker's last Hello, with what it grants.
     draining: set once the worker is about to leave.
     failure: why the worker is lost; None while it is there.
 
@@ -73,6 +73,10 @@ class WorkerClient:
     def waiting_since_s(self) -> float | None:
         """When it last answered, or was asked first since then, by the monotonic clock; None where all is answered."""
         return self._progress_s if self._pending else None
+
+    def hello(self, hello: Hello) -> Answer[Hello]:
+        """Begin anew, of the same plan, after the requests so far; where the worker refuses, it is lost."""
+        return self._ask(hello.generation, hello)  # a clock's, so it is not the number of any request
 
     def layout(self, *, slot: int, arrays: Mapping[str, Tensor]) -> None:
         """Send a Layout for the Attends to come."""
@@ -149,6 +153,8 @@ class WorkerClient:
         match message:
             case Result() | Stats() | Pages():
                 self._answered(message.request_id).set_result(message)
+            case Hello():
+                self._welcomed(message)
             case Error(request_id=0):
                 raise _as_exception(message)
             case Error():
@@ -159,7 +165,14 @@ class WorkerClient:
             case Drain():
                 self.draining.set()
             case _:
-                raise FrameError(f"a worker sent {type(message).__name__}; allowed: answers, Pong, Drain, Error")
+                raise FrameError(f"a worker sent {type(message).__name__}; allowed: answers, Hello, Pong, Drain, Error")
+
+    def _welcomed(self, welcome: Hello) -> None:
+        ours = self.welcome
+        check_hello(theirs=welcome, protocol_version=ours.protocol_version, fingerprint=ours.fingerprint)
+        answer = self._answered(welcome.generation)
+        self.welcome = welcome
+        answer.set_result(welcome)
 
     def _answered(self, request_id: int) -> Answer[Any]:
         answer = self._pending.pop(request_id, None)

@@ -10,7 +10,7 @@ from transport.buffers import Tensor
 from transport.errors import RefusedError, VersionError
 from transport.header import Scalar
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_LAYOUTS = 64
 MAX_PAGES_BYTES = 128 << 20  # of pages in one message
 
@@ -19,10 +19,13 @@ MAX_PAGES_BYTES = 128 << 20  # of pages in one message
 class Hello:
     """First message of both sides. The engine offers; the worker answers with what it grants.
 
+    Later ones of the engine, of the same plan, ask for something else in place of that; the worker's answer takes its
+    turn among those to Attends.
+
     protocol_version: of these messages.
     fingerprint: of the plan; a worker serves one plan at a time and echoes it.
     generation: grows with every connection of a job, also across restarts of the engine (a clock will do); a worker
-      refuses one that is not larger than the last of the same plan.
+      refuses one that is not larger than the last of the same plan, and echoes the others.
     page_budget: pages per site that the engine wants, or that the worker grants.
     sites: per attention site, its description by name (heads, head_dim, scale, ...).
     artifacts: programs (uint8) and weights that descriptions refer to by index.

@@ -54,7 +54,7 @@ class Handler(Protocol):
     """
 
     def hello(self, hello: Hello) -> Hello:
-        """Begin a session with a new engine, forgetting the last one's.
+        """Begin a session with a new engine, or begin anew with the same, forgetting all that was.
 
         Returns:
           What is granted, with the engine's fingerprint.
@@ -188,7 +188,8 @@ class WorkerServer:
             peer.send(welcome)
             peer.start(lambda: Pong(token=0))
             for message in peer.messages():
-                answer = _answer(self._handler, message)
+                is_hello = isinstance(message, Hello)
+                answer = self._sessions.renew(message) if is_hello else _answer(self._handler, message)
                 if answer is not None:
                     peer.send(answer)
         except TransportError as error:
@@ -226,6 +227,13 @@ class _Sessions:
             self._fingerprint, self._generation = hello.fingerprint, hello.generation
             return welcome
 
+    def renew(self, hello: Hello) -> Hello:
+        """The one that has the handler's ear begins anew, also while the worker drains."""
+        self._check_generation(hello, self._fingerprint)
+        welcome = self._handler.hello(hello)
+        self._generation = hello.generation
+        return welcome
+
     def end(self, peer: Peer) -> None:
         if self._peer is peer:
             self._peer = None
@@ -244,7 +252,9 @@ class _Sessions:
     def _check(self, hello: Hello) -> None:
         if self._draining:
             raise RefusedError(f"the worker is about to leave: {self._draining}")
-        fingerprint = self._fingerprint if self._peer is not None else None
+        self._check_generation(hello, self._fingerprint if self._peer is not None else None)
+
+    def _check_generation(self, hello: Hello, fingerprint: str | None) -> None:
         check_hello(theirs=hello, protocol_version=PROTOCOL_VERSION, fingerprint=fingerprint)
         if hello.fingerprint == self._fingerprint and hello.generation <= self._generation:
             raise RefusedError(f"generation {hello.generation} of the engine; allowed: above {self._generation}")
@@ -280,8 +290,8 @@ def _answer(handler: Handler, message: Message) -> Message | None:
             raise ConnectionLostError(f"the engine ended the connection: {message.text}")
         case _:
             raise FrameError(
-                f"an engine sent {type(message).__name__}; allowed: Attend, Layout, Release, FetchPages, StorePages, "
-                "StatsRequest, Ping"
+                f"an engine sent {type(message).__name__}; allowed: Hello, Attend, Layout, Release, FetchPages, "
+                "StorePages, StatsRequest, Ping"
             )
 
 

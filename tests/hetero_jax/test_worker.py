@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 
 import jax
@@ -14,7 +15,7 @@ import hetero_jax as hj
 from experiments.certificate import loopback_certificate
 from golden import first_difference, golden_rows
 from hetero_jax.cli import main
-from small_model import SmallModel
+from small_model import SmallModel, softmax_attention
 from worker_process import worker_process
 from zoo_attention import SharedKeysModel
 
@@ -29,10 +30,18 @@ def secret_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("memories", "authenticated", "order"),
-    [([24], False, "deepest"), ([24], True, "oldest"), ([8, 16], True, "deepest")],
+    ("memories", "authenticated", "order", "partition"),
+    [
+        ([24], False, "deepest", "sequence"),
+        ([24], True, "oldest", "sequence"),
+        ([8, 16], True, "deepest", "sequence"),
+        ([8, 16], True, "deepest", "head"),
+        ([8, 8, 8], False, "oldest", "head"),
+    ],
 )
-def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret_file, memories, authenticated, order):
+def test_golden_tokens_of_workers_in_processes_of_their_own(
+    smollm2_gguf, secret_file, memories, authenticated, order, partition
+):
     secret = secret_file if authenticated else None
     flags = [f"--secret_file={secret}"] if authenticated else []
     with contextlib.ExitStack() as workers:
@@ -41,6 +50,7 @@ def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret
         ]
         config = hj.EngineConfig(
             workers=tuple(addresses),
+            kv_partition=partition,
             page_size=16,
             secret_file=secret,
             wire_dtype="float32",
@@ -64,7 +74,10 @@ def test_golden_tokens_of_workers_in_processes_of_their_own(smollm2_gguf, secret
     assert tokens.keys() == rows.keys()
     assert all(first_difference(rows[row_id], found) is None for row_id, found in tokens.items())
     page_bytes = 30 * 2 * 3 * 64 * 16 * 4  # sites, keys and values, KV heads, dimensions, tokens, f32
-    assert engine.stats.pages_total == sum((memory << 20) // page_bytes for memory in memories)
+    if partition == "sequence":
+        assert engine.stats.pages_total == sum((memory << 20) // page_bytes for memory in memories)
+    else:  # over 30 sites, 3 heads divide evenly
+        assert engine.stats.pages_total == (min(memories) << 20) // (page_bytes // len(memories))
 
 
 def _alibi_with_sinks(q, k, v, positions, *, sinks):
@@ -82,12 +95,29 @@ def _alibi_with_sinks(q, k, v, positions, *, sinks):
     return jnp.einsum("bhts,bshd->bthd", weights, v)
 
 
-def test_biases_windows_caps_and_sinks_travel_and_a_worker_serves_one_engine_after_another():
+class _FewerHeadsLater(SmallModel):
+    """The second layer has half the KV heads of the first."""
+
+    def __call__(self, params, tokens, positions):
+        kv_heads = iter((self.kv_heads, self.kv_heads // 2))
+
+        def attention(q, k, v, positions):
+            count = next(kv_heads)
+            return softmax_attention(q, k[:, :, :count], v[:, :, :count], positions)
+
+        return SmallModel.__call__(dataclasses.replace(self, attention=attention), params, tokens, positions)
+
+
+@pytest.mark.parametrize("partition", ["sequence", "head"])
+def test_biases_windows_caps_and_sinks_travel_and_a_worker_serves_one_engine_after_another(partition):
     prompts = [[n + 1, 2, 3, 5, 8, 13, 21] for n in range(3)]
-    with worker_process("--kv_cache_bytes=1M") as (address, _):
-        config = hj.EngineConfig(workers=(address,), wire_dtype="float32", num_microbatches=0)
+    with contextlib.ExitStack() as workers:
+        count = 1 if partition == "sequence" else 2
+        processes = [workers.enter_context(worker_process("--kv_cache_bytes=1M")) for _ in range(count)]
+        addresses = tuple(address for address, _ in processes)
+        config = hj.EngineConfig(workers=addresses, kv_partition=partition, wire_dtype="float32", num_microbatches=0)
         sinks = SmallModel(attention=_alibi_with_sinks, extra={"sinks": (6,)})
-        for small in (SmallModel(), sinks, SharedKeysModel(layers=3)):
+        for small in (_FewerHeadsLater(kv_heads=6), sinks, SharedKeysModel(layers=3)):
             params = small.params()
             plan = hj.partition(small, params, max_rows=64)
             assert plan.sites[0].spec is not None, plan.sites[0].unrecognised

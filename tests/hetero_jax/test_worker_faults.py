@@ -16,17 +16,20 @@ from hetero_jax.errors import WorkerError
 from worker_process import worker_process
 from worker_thread import ThreadWorker
 
+PARTITIONS = pytest.mark.parametrize("partition", ["sequence", "head"])
 
+
+@PARTITIONS
 @pytest.mark.parametrize("at", [0, 1, 9, 30])
-def test_another_worker_goes_on_with_what_a_dead_one_had(at):
+def test_another_worker_goes_on_with_what_a_dead_one_had(at, partition):
     with ThreadWorker(at, ThreadWorker.die) as dying, ThreadWorker() as other:
-        engine = engine_of(dying.address, other.address)
+        engine = engine_of(dying.address, other.address, kv_partition=partition)
         assert run(engine) == undisturbed()
         assert engine.stats.workers_lost == 1
 
 
-@pytest.mark.parametrize("at", [0, 5, 25])
-def test_the_only_worker_is_waited_for(at, caplog):
+@pytest.mark.parametrize(("at", "partition"), [(0, "sequence"), (5, "sequence"), (25, "sequence"), (5, "head")])
+def test_the_only_worker_is_waited_for(at, partition, caplog):
     returned: list[ThreadWorker] = []
 
     def die_and_return(worker: ThreadWorker) -> None:
@@ -34,41 +37,45 @@ def test_the_only_worker_is_waited_for(at, caplog):
         threading.Timer(0.3, lambda: returned.append(worker.restart())).start()
 
     with ThreadWorker(at, die_and_return) as worker:
-        engine = engine_of(worker.address)
+        engine = engine_of(worker.address, kv_partition=partition)
         assert run(engine) == undisturbed()
     with returned[0]:
         assert (engine.stats.workers_lost, returned[0].handler.sessions) == (1, 1)
     assert sum("waiting up to 600 s" in record.message for record in caplog.records) <= 1
 
 
-def test_where_none_returns_the_job_ends_with_one_error():
+@PARTITIONS
+def test_where_none_returns_the_job_ends_with_one_error(partition):
     with ThreadWorker(5, ThreadWorker.die) as worker:
-        engine = engine_of(worker.address, worker_wait_s=0.3)
+        engine = engine_of(worker.address, kv_partition=partition, worker_wait_s=0.3)
         with pytest.raises(WorkerError, match=f"no worker could go on with the job for 0.3 s.*{worker.address}"):
             run(engine)
 
 
-def test_one_that_is_alive_but_stuck_counts_as_lost_and_its_late_answer_for_nothing():
+@PARTITIONS
+def test_one_that_is_alive_but_stuck_counts_as_lost_and_its_late_answer_for_nothing(partition):
     released = threading.Event()
     with ThreadWorker(7, lambda worker: released.wait() and None) as stuck, ThreadWorker() as other:
-        engine = engine_of(stuck.address, other.address, step_timeout_s=1.5)
+        engine = engine_of(stuck.address, other.address, kv_partition=partition, step_timeout_s=1.5)
         assert run(engine, lambda count: count == 9 and released.set()) == undisturbed()
     assert engine.stats.workers_lost >= 1
 
 
-def test_workers_in_processes_are_killed_and_stopped():
+@PARTITIONS
+def test_workers_in_processes_are_killed_and_stopped(partition):
     with (
         worker_process("--kv_cache_bytes=1M") as (killed, first),
         worker_process("--kv_cache_bytes=1M") as (stopped, second),
         ThreadWorker() as last,
     ):
-        engine = engine_of(killed, stopped, last.address, step_timeout_s=3.0)
+        engine = engine_of(killed, stopped, last.address, kv_partition=partition, step_timeout_s=3.0)
         faults = {2: first.kill, 4: lambda: second.send_signal(signal.SIGSTOP)}
         assert run(engine, lambda count: faults.get(count, int)()) == undisturbed()
     assert engine.stats.workers_lost == 2
 
 
-def test_golden_tokens_while_workers_join_drain_and_die(smollm2_gguf, tmp_path):
+@PARTITIONS
+def test_golden_tokens_while_workers_join_drain_and_die(smollm2_gguf, tmp_path, partition):
     short = [row for row in golden_rows() if len(row["prompt_ids"]) < 60][:10]
     rows = {row["id"]: {**row, "greedy_ids": row["greedy_ids"][: 3 + 2 * n]} for n, row in enumerate(short)}
     greedy = [hj.SamplingParams(max_tokens=3 + 2 * n, temperature=0, ignore_eos=True) for n in range(10)]
@@ -82,7 +89,8 @@ def test_golden_tokens_while_workers_join_drain_and_die(smollm2_gguf, tmp_path):
         file.write_text(first.address)
         model = hj.load(str(smollm2_gguf))
         sizes = {"page_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 4, "max_model_len": 128}
-        engine = hj.Engine(model, hj.EngineConfig(workers_file=str(file), wire_dtype="float32", **sizes))
+        workers = {"workers_file": str(file), "kv_partition": partition}
+        engine = hj.Engine(model, hj.EngineConfig(**workers, wire_dtype="float32", **sizes))
         join = lambda: file.write_text(f"{first.address}\n{second.address}\n{third.address}\n")  # noqa: E731
         faults = {1: join, 4: lambda: first.server.drain("a test"), 7: second.die}
         tokens = {}
@@ -96,9 +104,10 @@ def test_golden_tokens_while_workers_join_drain_and_die(smollm2_gguf, tmp_path):
     assert min(worker.handler.served for worker in (first, second, third)) > 0
 
 
-def test_a_worker_that_drains_is_left_and_exits():
+@PARTITIONS
+def test_a_worker_that_drains_is_left_and_exits(partition):
     with worker_process("--kv_cache_bytes=1M") as (address, process), ThreadWorker() as other:
-        engine = engine_of(address, other.address)
+        engine = engine_of(address, other.address, kv_partition=partition)
         assert run(engine, lambda count: count == 2 and process.terminate()) == undisturbed()
         assert process.wait(60) == 0
         assert engine.stats.workers_lost == 0

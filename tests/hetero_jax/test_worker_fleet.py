@@ -47,9 +47,10 @@ def _becomes(condition) -> bool:
 
 
 @needs_proc
-def test_local_workers_are_pinned_apart_started_again_when_they_die_and_end_with_the_engine():
+@pytest.mark.parametrize("partition", ["sequence", "head"])
+def test_local_workers_are_pinned_apart_started_again_when_they_die_and_end_with_the_engine(partition):
     before = set(_children(os.getpid()))
-    engine = engine_of(local_workers=2, kv_cache_bytes=2 << 20)
+    engine = engine_of(local_workers=2, kv_partition=partition, kv_cache_bytes=2 << 20)
     workers = sorted(set(_children(os.getpid())) - before)
     assert len(workers) == 2
     if len(os.sched_getaffinity(0)) > 1:

@@ -171,6 +171,32 @@ def test_other_plans_and_stale_generations_are_refused_and_newer_ones_take_over(
     newer.close()
 
 
+def test_an_engine_may_begin_anew_on_its_connection_in_turn_and_of_its_own_plan(worker):
+    client = worker.connect(generation=5)
+    one = np.ones((1, 1, 1), np.float32)
+
+    def again(generation: int, fingerprint: str = "plan"):
+        return client.hello(Hello(fingerprint=fingerprint, generation=generation, page_budget=generation * 10))
+
+    before, welcome, after = (
+        client.attend(site=1, layout=0, q=one, k=one, v=one),
+        again(6),
+        client.attend(site=1, layout=0, q=one, k=one, v=one),
+    )
+    assert before.result(WAIT_S).out == after.result(WAIT_S).out == 3  # the sums began again
+    assert welcome.result(WAIT_S).page_budget == client.welcome.page_budget == 30
+    assert client.stats().result(WAIT_S).values["sessions"] == 2
+    with pytest.raises(ConnectionLostError, match="generation 6 of the engine; allowed: above 6"):
+        again(6).result(WAIT_S)
+    client = worker.connect(generation=7)
+    with pytest.raises(ConnectionLostError, match="plan is 'other', that of this side 'plan'"):
+        again(8, "other").result(WAIT_S)
+    client = worker.connect(generation=9)
+    with pytest.raises(ConnectionLostError, match="5000 pages; allowed: at most 1000"):
+        again(500).result(WAIT_S)
+    client.close()
+
+
 def test_the_handlers_own_refusal_reaches_the_engine(worker):
     with pytest.raises(RefusedError, match="5000 pages; allowed: at most 1000"):
         connect("127.0.0.1", worker.port, Hello(fingerprint="", generation=1, page_budget=5000), secret=worker.secret)
