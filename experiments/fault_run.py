@@ -1,6 +1,7 @@
 """Kills and stops workers and the engine of a real job at random points, and compares with an undisturbed run.
 
     python -m experiments.fault_run --points=50
+    python -m experiments.fault_run --points=20 --kv_partition=head
     python -m experiments.fault_run --points=20 --workers=0 --model=SmolLM2-135M-Instruct.Q4_1.gguf --input=in.jsonl
 
 A point is one of: a worker is killed (SIGKILL) and started again; a worker is stopped (SIGSTOP) and goes on after up to
@@ -29,6 +30,7 @@ _MODEL = flags.DEFINE_string("model", "random:tiny", "As for hetero-jax generate
 _INPUT = flags.DEFINE_string("input", None, "As for hetero-jax generate; default: --rows random prompts.")
 _ROWS = flags.DEFINE_integer("rows", 150, "Rows of a job without --input.", lower_bound=1)
 _WORKERS = flags.DEFINE_integer("workers", 2, "Worker processes; 0: the engine keeps its attention.", lower_bound=0)
+_KV_PARTITION = flags.DEFINE_enum("kv_partition", "sequence", ["sequence", "head"], "As for hetero-jax generate.")
 _KV_CACHE_BYTES = flags.DEFINE_string("kv_cache_bytes", "4M", "Of each worker.")
 _POINTS = flags.DEFINE_integer("points", 50, "Faults in all.", lower_bound=0)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32, "Tokens of a row.", lower_bound=1)
@@ -156,7 +158,8 @@ def _disturb_often(folder: Path, source: Path, expected: Counter[bytes], code: i
     options = []
     if workers:
         (folder / "workers").write_text("".join(f"{worker.listen()}\n" for worker in workers))
-        options = [f"--workers_file={folder / 'workers'}", "--worker_wait_s=120"]
+        options = [f"--workers_file={folder / 'workers'}", f"--kv_partition={_KV_PARTITION.value}"]
+        options += ["--worker_wait_s=120"]
     problems: list[str] = []
     start_s = time.monotonic()
     while not problems and done.total() < _POINTS.value:
