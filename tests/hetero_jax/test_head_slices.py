@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from hetero_jax import native_attention
 from hetero_jax.described_site import read_descriptions
 from hetero_jax.head_slices import describe_slice, most_slices, slice_heads
+from paged_case import PagedCase, Sequence
 from partition import AttentionSpec
 from partition.attention_spec import reference_attention
 
@@ -63,6 +66,25 @@ def test_slices_side_by_side_are_the_whole(spec, count):
         parts.append(reference_attention(site.spec, q[:, heads.q], k[:, heads.kv], v[:, heads.kv], at, at, scores))
     expected = reference_attention(spec, q, k, v, at, at, sinks)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_kernel_gives_slices_the_bits_of_the_whole(dtype):
+    device = jax.local_devices(backend="cpu")[0]
+    if (why := native_attention.refusal(dtype=dtype, device=device)) is not None:
+        pytest.skip(why)
+    lengths = [Sequence(700, 1), Sequence(0, 150), Sequence(90, 70), Sequence(40, 1)]
+    spec, parts = dataclasses.replace(SPECS["grouped, uneven"], window=None), []
+    whole = PagedCase(lengths, spec)
+    for index in range(3):
+        heads = slice_heads(_described(spec), index, 3)
+        (site,) = read_descriptions([describe_slice(_described(spec), heads)], (), allow_exported_sites=False)
+        part = PagedCase(lengths, site.spec)
+        for name, cut in (("q", heads.q), ("k", heads.kv), ("v", heads.kv)):
+            setattr(part, name, [array[:, cut] for array in getattr(whole, name)])
+        parts.append(part.run(device, dtype=dtype)[0])
+    for out, *found in zip(whole.run(device, dtype=dtype)[0], *parts, strict=True):
+        np.testing.assert_array_equal(np.concatenate(found, axis=1), out)
 
 
 def _sizes(num_kv_heads: int, count: int, pool: int) -> list[int]:
