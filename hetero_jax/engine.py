@@ -20,6 +20,7 @@ from hetero_jax.devices import place
 from hetero_jax.engine_stats import EngineStats
 from hetero_jax.errors import ConfigError, RequestError
 from hetero_jax.outputs import Completion, Request
+from hetero_jax.prefixes import page_keys
 from hetero_jax.remote_tier import RemoteTier
 from hetero_jax.rows import pack
 from hetero_jax.sampling_params import SamplingParams
@@ -135,6 +136,7 @@ class Engine:
             pages_used=self._scheduler.pages_used,
             pages_total=self._scheduler.pages_total,
             preemptions=self._scheduler.num_preemptions,
+            prefix_cache_hits=self._scheduler.prefix_cache_hits,
             workers_lost=0 if self._fleet is None else self._fleet.num_lost,
             sequences_moved=0 if self._fleet is None else self._fleet.num_moved,
             **{f"{part}_s": seconds for part, seconds in self._timings.seconds.items()},
@@ -225,6 +227,7 @@ class Engine:
 
     def _enqueue(self, group: RequestGroup) -> list[int]:
         ids = []
+        keys = page_keys(group.prompt_token_ids, self.config.page_size)
         for index in range(group.params.n):
             seq_id, self._next_id = self._next_id, self._next_id + 1
             self._sequences[seq_id] = SequenceState(
@@ -235,7 +238,7 @@ class Engine:
                 text=TextStream(self.model.tokenizer, group.params, self.model.eos_token_ids),
                 tokens=list(group.prompt_token_ids),
             )
-            self._scheduler.add(seq_id, len(group.prompt_token_ids), group.params.max_tokens or 1)
+            self._scheduler.add(seq_id, len(group.prompt_token_ids), group.params.max_tokens or 1, keys)
             ids.append(seq_id)
         return ids
 

@@ -10,6 +10,7 @@ class EngineStats:
     """Counters since the engine was made. The *_s fields but total_s count while `engine.profile` is set.
 
     num_microbatches: in flight at most, at present.
+    prefix_cache_hits: tokens of prompts that were not computed again, as pages of other sequences had them.
     sequences_moved: to another worker with their pages.
     """
 
@@ -19,6 +20,7 @@ class EngineStats:
     rows_computed: int = 0
     steps: int = 0
     preemptions: int = 0
+    prefix_cache_hits: int = 0
     workers_lost: int = 0
     sequences_moved: int = 0
     num_microbatches: int = 0

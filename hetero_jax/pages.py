@@ -15,7 +15,7 @@ def pages_for(num_positions: int, page_size: int) -> int:
 
 
 class PageAllocator:
-    """Hands out page numbers below `num_pages`, all or nothing.
+    """Hands out page numbers below `num_pages`, all or nothing; a page may have several users.
 
     The order depends on the calls only. Pages freed last are given first: they are the ones that the caches may still
     know.
@@ -23,11 +23,11 @@ class PageAllocator:
 
     def __init__(self, num_pages: int) -> None:
         self._free = list(range(num_pages - 1, -1, -1))  # a stack; the next one is at the end
-        self._in_use = bytearray(num_pages)
+        self._num_users = [0] * num_pages
 
     @property
     def num_pages(self) -> int:
-        return len(self._in_use)
+        return len(self._num_users)
 
     @property
     def num_free(self) -> int:
@@ -35,7 +35,11 @@ class PageAllocator:
 
     @property
     def num_used(self) -> int:
-        return len(self._in_use) - len(self._free)
+        return len(self._num_users) - len(self._free)
+
+    def num_users(self, page: int) -> int:
+        """How often the page must be given back before it is free."""
+        return self._num_users[page]
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` free pages, or None (and nothing changed) where fewer are free."""
@@ -46,13 +50,26 @@ class PageAllocator:
         pages = self._free[split:][::-1]
         del self._free[split:]
         for page in pages:
-            self._in_use[page] = 1
+            self._num_users[page] = 1
         return pages
 
-    def free(self, pages: Iterable[int]) -> None:
-        """Takes pages back. A page that is not in use is a bug of the caller, hence an assertion."""
+    def share(self, pages: Iterable[int]) -> None:
+        """One user more for each of these. A page that is not in use is a bug of the caller, hence an assertion."""
         for page in pages:
-            in_use = 0 <= page < len(self._in_use) and self._in_use[page]
-            assert in_use, f"page {page} is not in use"
-            self._in_use[page] = 0
-            self._free.append(page)
+            self._check_in_use(page)
+            self._num_users[page] += 1
+
+    def free(self, pages: Iterable[int]) -> list[int]:
+        """One user less for each of these; those that are free now. For pages that are not in use, as `share`."""
+        freed: list[int] = []
+        for page in pages:
+            self._check_in_use(page)
+            self._num_users[page] -= 1
+            if self._num_users[page] == 0:
+                freed.append(page)
+        self._free += freed
+        return freed
+
+    def _check_in_use(self, page: int) -> None:
+        in_use = 0 <= page < len(self._num_users) and self._num_users[page] > 0
+        assert in_use, f"page {page} is not in use"

@@ -21,8 +21,9 @@ the tenth, the ratio of two speeds must change by a fifth before any sequence wo
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from hetero_jax.page_tables import PageTables
 from hetero_jax.pages import PageAllocator
 from hetero_jax.scheduler_state import Pool, ScheduledSequence
 from hetero_jax.scheduler_types import Move, PoolJoined, SchedulerConfig
@@ -34,8 +35,8 @@ _COPY_COST = 64  # a socket carries a hundredth of what memory does, twice; the 
 class Pools:
     """The pools by number, and the rules of the module docstring."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
-        self._config = config
+    def __init__(self, config: SchedulerConfig, tables: PageTables) -> None:
+        self._config, self._tables = config, tables
         self._pools: dict[int, Pool] = {}
         self._usual_speed = 1.0
         self.largest = 0  # pages, of all that ever joined
@@ -92,13 +93,13 @@ class Pools:
         """Whether a pool can hold the whole sequence, now or later."""
         return bool(self._homes(seq))
 
-    def find_room(self, seq: ScheduledSequence, needed: int) -> Pool | None:
-        """The pool for a sequence that needs so many pages now; None where none has room."""
-        return self._best(self._homes(seq), seq, needed)
+    def find_room(self, seq: ScheduledSequence) -> Pool | None:
+        """The pool for a waiting sequence; None where none has room."""
+        return self._best(self._homes(seq), seq, lambda pool: self._tables.needed(seq, pool))
 
     def move(self, seq: ScheduledSequence) -> Move | None:
         """Moves a sequence to the best pool that takes its pages now; None where none does."""
-        pool = self._best(self._alike(seq), seq, len(seq.held) + seq.promised)
+        pool = self._best(self._alike(seq), seq, lambda pool: len(seq.held) + seq.promised)
         return None if pool is None else seq.move(pool)
 
     def rebalance(self, idle: Iterable[ScheduledSequence]) -> Move | None:
@@ -109,7 +110,8 @@ class Pools:
             return None
         movable = [seq for seq in idle if seq.pool is slowest and _may_move(seq)]
         for seq in sorted(movable, key=lambda seq: (-seq.tokens_left, seq.arrival)):
-            target = self._best(self._alike(seq), seq, self._config.most_pages(seq.max_known - 1))
+            most = self._config.most_pages(seq.max_known - 1)
+            target = self._best(self._alike(seq), seq, lambda pool, most=most: most)
             if target is not None and self._pays(seq, target):
                 return seq.move(target)
         return None
@@ -124,9 +126,9 @@ class Pools:
         alike = [pool for pool in self._homes(seq) if pool.page_format == home.page_format and pool is not home]
         return alike if home.page_format else []
 
-    def _best(self, pools: Iterable[Pool], seq: ScheduledSequence, needed: int) -> Pool | None:
+    def _best(self, pools: Iterable[Pool], seq: ScheduledSequence, needed: Callable[[Pool], int]) -> Pool | None:
         """The one that has the least time with the sequence, of those that let it in; the roomiest of several."""
-        open_now = [pool for pool in pools if pool.num_running == 0 or needed <= pool.room]
+        open_now = [pool for pool in pools if pool.num_running == 0 or needed(pool) <= pool.room]
         return min(open_now, key=lambda pool: (self._time_s(pool, seq.reads), -pool.room), default=None)
 
     def _pays(self, seq: ScheduledSequence, target: Pool) -> bool:

@@ -32,6 +32,10 @@ pages and speed. Rules 3 and 4 then hold within its pool. Pools come and go (`ap
   start and balance them.
 - A sequence that no pool can hold is set aside until one joins that can.
 
+Pages that are full of prompt are shared (`hetero_jax/prefixes.py`): a sequence begins behind those that others have
+computed in its pool. While another one is about to compute what it begins with, it lets those behind it go first. A
+page is free when none of its users is left, and nobody writes to a full one.
+
 Where every site has a sliding window, pages that no later row sees are free as soon as their microbatch is back, so a
 sequence never holds more than its window and one chunk.
 
@@ -46,6 +50,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 from hetero_jax.errors import CapacityError, RequestError
+from hetero_jax.page_tables import PageTables
 from hetero_jax.pages import pages_for
 from hetero_jax.pools import Pools
 from hetero_jax.scheduler_state import Draft, ScheduledSequence, WaitingLine, arrival
@@ -70,8 +75,10 @@ class Scheduler:
         self.config = config
         self.num_microbatches = config.num_microbatches  # may be changed at any time
         self.num_preemptions = 0
+        self.prefix_cache_hits = 0  # positions that sequences found computed when they began to run
         self.num_replays = 0  # residencies that ended with their pool
-        self._pools = Pools(config)
+        self._tables = PageTables(config)
+        self._pools = Pools(config, self._tables)
         self._sequences: dict[int, ScheduledSequence] = {}  # all unfinished ones
         self._waiting = WaitingLine()
         self._decode_ready: OrderedDict[int, ScheduledSequence] = OrderedDict()  # least recently stepped first
@@ -170,13 +177,16 @@ class Scheduler:
                 "(the whole pool)"
             )
 
-    def add(self, seq_id: int, num_prompt_tokens: int, max_tokens: int) -> None:
-        """Puts a sequence at the end of the waiting queue. Raises what `check` raises."""
+    def add(self, seq_id: int, num_prompt_tokens: int, max_tokens: int, keys: tuple[bytes, ...] = ()) -> None:
+        """Puts a sequence at the end of the waiting queue. Raises what `check` raises.
+
+        keys: of the pages that its prompt fills (`prefixes.page_keys`); without them it shares nothing.
+        """
         assert seq_id not in self._sequences, f"sequence {seq_id} is already scheduled"
         self.check(num_prompt_tokens, max_tokens)
         most = num_prompt_tokens + max_tokens
         sees = self.config.window or self.config.max_model_len
-        seq = ScheduledSequence(seq_id, self._num_added, num_prompt_tokens, most, sees)
+        seq = ScheduledSequence(seq_id, self._num_added, num_prompt_tokens, most, sees, keys)
         self._num_added += 1
         self._sequences[seq_id] = seq
         self._waiting.append(seq)
@@ -208,14 +218,14 @@ class Scheduler:
             if seq.home.lost and not seq.aborted:
                 self._replay([seq])
                 continue
-            seq.computed += chunk.length
+            self._tables.advance(seq, chunk.length)
             seq.learn(chunk.samples)
             if seq.aborted or (chunk.samples and finished.get(seq.seq_id, False)):
                 self._release(seq)
                 del self._sequences[seq.seq_id]
             else:
                 assert seq.known < seq.max_known, f"sequence {seq.seq_id} has its max_tokens and is not finished"
-                self._free_behind_window(seq)
+                self._tables.free_behind_window(seq)
                 self._make_ready(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -271,6 +281,7 @@ class Scheduler:
 
     def _admit(self, draft: Draft) -> None:
         """Starts waiting sequences; the head of the line waits for pages, and all behind it with it."""
+        self._waiting.resume()
         while self._pools and self._waiting and self._num_running < self.config.max_num_seqs:
             if draft.short_of_pages or self._is_full(draft):
                 return
@@ -278,12 +289,15 @@ class Scheduler:
             if not self._pools.has_home(seq):
                 self._waiting.set_first_aside()
                 continue
-            needed = self.config.most_pages(seq.known)
-            pool = self._pools.find_room(seq, needed)
+            pool = self._pools.find_room(seq)
             if pool is None:
                 return
+            if (key := pool.prefixes.last_awaited(self._tables.shareable(seq))) is not None:
+                self._waiting.set_first_behind(pool, key)
+                continue
             self._waiting.pop_first()
-            seq.enter(pool, needed)
+            self._tables.enter(seq, pool)
+            self.prefix_cache_hits += seq.computed
             self._num_running += 1
             self._make_ready(seq)
             self._take(seq, draft)
@@ -340,30 +354,12 @@ class Scheduler:
             (other for other in self._idle() if other.pool is seq.pool and other.arrival > seq.arrival), key=arrival
         )
         free = seq.home.pages
-        if free.num_free + sum(len(other.held) for other in younger) < num_pages:
+        if free.num_free + seq.home.freed_by(younger) < num_pages:
             return False
         while free.num_free < num_pages:
             self._wait_again(younger.pop())
             self.num_preemptions += 1
         return True
-
-    def _free_behind_window(self, seq: ScheduledSequence) -> None:
-        """Gives back the pages that no row from `computed` on sees; the last page stays, to stand in for them."""
-        if self.config.window is None:
-            return
-        oldest = max(0, seq.computed - self.config.window + 1)
-        unseen = min(oldest // self.config.page_size, len(seq.pages) - 1)
-        if unseen <= seq.num_freed:
-            return
-        behind = seq.pages[seq.num_freed : unseen]
-        seq.home.pages.free(behind)
-        seq.pages = (seq.pages[-1],) * unseen + seq.pages[unseen:]
-        seq.num_freed = unseen
-        if seq.known - seq.computed > 1:  # the rest of the prompt will want them again
-            owed = pages_for(seq.known, self.config.page_size) - len(seq.pages)
-            again = min(len(behind), owed - seq.promised)
-            seq.promised += again
-            seq.home.promised += again
 
     # --- the states of a running sequence
 

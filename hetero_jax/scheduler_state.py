@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from hetero_jax.pages import PageAllocator
+from hetero_jax.prefixes import Prefixes
 from hetero_jax.scheduler_types import Chunk, Move
 
 
@@ -18,6 +19,7 @@ class Pool:
     number: int
     pages: PageAllocator
     page_format: str = ""
+    prefixes: Prefixes = field(default_factory=Prefixes)
     num_running: int = 0
     promised: int = 0  # sum over its running sequences
     load: int = 0  # KV positions that one decode row of each of its running sequences attends to
@@ -30,6 +32,15 @@ class Pool:
         """Pages for another sequence: each running one may open one more before a preemption."""
         return self.pages.num_free - self.promised - max(self.num_running, self.pages.num_pages // 100)
 
+    def free(self, pages: Iterable[int]) -> None:
+        """Take pages back from one of their users."""
+        self.prefixes.forget(self.pages.free(pages))
+
+    def freed_by(self, leaving: Iterable[ScheduledSequence]) -> int:
+        """Pages that would be free if these sequences left."""
+        users = Counter(page for seq in leaving for page in seq.held)
+        return sum(count == self.pages.num_users(page) for page, count in users.items())
+
 
 @dataclass(slots=True, eq=False)
 class ScheduledSequence:
@@ -40,6 +51,7 @@ class ScheduledSequence:
     known: int  # prompt + generated tokens
     max_known: int
     sees: int  # most positions that a row attends to
+    keys: tuple[bytes, ...] = ()  # of the pages that its prompt fills, as of `prefixes.page_keys`
     pool: Pool | None = None  # of its pages, while it runs
     computed: int = 0  # positions whose KV is written
     pages: tuple[int, ...] = ()
@@ -56,7 +68,7 @@ class ScheduledSequence:
 
     @property
     def held(self) -> tuple[int, ...]:
-        """Pages that are its own."""
+        """Pages that it has, shared or alone."""
         return self.pages[self.num_freed :]
 
     @property
@@ -82,9 +94,15 @@ class ScheduledSequence:
         pool.load += self.reads
         pool.num_running += 1
 
+    def share(self, pages: list[int], num_unseen: int) -> None:
+        """Has these pages in common with others, but for the first, which none of its rows will see."""
+        self.home.pages.share(pages[num_unseen:])
+        self.pages, self.num_freed = (*pages[-1:] * num_unseen, *pages[num_unseen:]), num_unseen
+
     def leave(self) -> None:
         """Ends to run in its pool, which gets its pages back."""
-        self.home.pages.free(self.held)
+        self.home.free(self.held)
+        self.home.prefixes.give_up(self.keys, self.seq_id)
         self.home.promised -= self.promised
         self.home.load -= self.reads
         self.home.num_running -= 1
@@ -119,6 +137,7 @@ class WaitingLine:
         self._new: OrderedDict[int, ScheduledSequence] = OrderedDict()
         self._back: list[ScheduledSequence] = []  # all of them arrived before all of _new
         self._aside: list[ScheduledSequence] = []  # for which no pool is large enough
+        self._behind: dict[tuple[Pool, bytes], list[ScheduledSequence]] = {}  # others, which compute a page there
 
     def __len__(self) -> int:
         return len(self._new) + len(self._back)
@@ -126,7 +145,7 @@ class WaitingLine:
     @property
     def num_aside(self) -> int:
         """Sequences that have no turn."""
-        return len(self._aside)
+        return len(self._aside) + sum(map(len, self._behind.values()))
 
     @property
     def first(self) -> ScheduledSequence:
@@ -149,6 +168,16 @@ class WaitingLine:
         """No pool is large enough for it: those behind it have their turn."""
         self._aside.append(self.pop_first())
 
+    def set_first_behind(self, pool: Pool, key: bytes) -> None:
+        """Another sequence is about to compute there what it begins with: those behind it have their turn."""
+        self._behind.setdefault((pool, key), []).append(self.pop_first())
+
+    def resume(self) -> None:
+        """Those have their turn again for whom the other sequence has computed it, or does not any more."""
+        over = [each for each in self._behind if each[0].lost or not each[0].prefixes.is_awaited(each[1])]
+        if over:
+            self._back = sorted((*self._back, *(seq for each in over for seq in self._behind.pop(each))), key=arrival)
+
     def take_up(self, fits: Callable[[ScheduledSequence], bool]) -> None:
         """Those set aside that fit now have their turn again."""
         self._back = sorted((*self._back, *filter(fits, self._aside)), key=arrival)
@@ -158,7 +187,7 @@ class WaitingLine:
         """Take one out wherever it is; False where it does not wait."""
         if self._new.pop(seq.seq_id, None) is not None:
             return True
-        for line in (self._back, self._aside):
+        for line in (self._back, self._aside, *self._behind.values()):
             if seq in line:
                 line.remove(seq)
                 return True

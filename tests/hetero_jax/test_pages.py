@@ -1,6 +1,8 @@
-"""The page allocator against a set of free pages."""
+"""The page allocator against a count of users."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -16,24 +18,30 @@ def test_pages_for_is_the_fewest_pages_that_cover(num_positions: int, page_size:
     assert pages == 0 or (pages - 1) * page_size < num_positions
 
 
-@given(st.integers(0, 12), st.lists(st.tuples(st.booleans(), st.integers(0, 6)), max_size=40))
-def test_agrees_with_a_set_of_free_pages(num_pages: int, steps: list[tuple[bool, int]]) -> None:
+STEPS = st.lists(st.tuples(st.sampled_from(["allocate", "share", "free"]), st.integers(0, 6)), max_size=60)
+
+
+@given(st.integers(0, 12), STEPS)
+def test_agrees_with_a_count_of_the_users_of_each_page(num_pages: int, steps: list[tuple[str, int]]) -> None:
     pool = PageAllocator(num_pages)
-    held: list[list[int]] = []
-    free = set(range(num_pages))
-    for allocates, number in steps:
-        if allocates:
+    held: list[list[int]] = []  # by each user
+    for step, number in steps:
+        used = Counter(page for pages in held for page in pages)
+        if step == "allocate":
             pages = pool.allocate(number)
-            assert (pages is None) == (number > len(free))
+            assert (pages is None) == (number > num_pages - len(used))
             if pages is not None:
-                assert len(pages) == number and set(pages) <= free
-                free -= set(pages)
+                assert len(set(pages)) == number and not used.keys() & set(pages)
                 held.append(pages)
+        elif held and step == "share":
+            held.append(held[number % len(held)][: number + 1])
+            pool.share(held[-1])
         elif held:
             pages = held.pop(number % len(held))
-            pool.free(pages)
-            free |= set(pages)
-        assert (pool.num_free, pool.num_used, pool.num_pages) == (len(free), num_pages - len(free), num_pages)
+            assert sorted(pool.free(pages)) == sorted(page for page in pages if used[page] == 1)
+        used = Counter(page for pages in held for page in pages)
+        assert [pool.num_users(page) for page in range(num_pages)] == [used[page] for page in range(num_pages)]
+        assert (pool.num_free, pool.num_used, pool.num_pages) == (num_pages - len(used), len(used), num_pages)
 
 
 def test_order_is_a_function_of_the_calls() -> None:
@@ -57,4 +65,6 @@ def test_double_free_and_foreign_pages_are_bugs() -> None:
         pool.free(pages[:1])
     with pytest.raises(AssertionError, match="not in use"):
         pool.free([4])
+    with pytest.raises(AssertionError, match="not in use"):
+        pool.share(pages[:1])
     assert pool.num_free == 4

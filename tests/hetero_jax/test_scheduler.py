@@ -19,9 +19,9 @@ from scheduler_executor import Executor, jobs, make_config, make_executor, make_
 def test_every_sequence_finishes_whatever_the_pool(
     job: tuple[SchedulerConfig, list[int], list[tuple[int, int, int]]], rng: random.Random
 ) -> None:
-    """Positions in order and once per residency, pages never shared, budgets kept: asserted by the executor."""
+    """Positions in order, once per residency or in a shared page, budgets kept: asserted by the executor."""
     config, pools, sequences = job
-    executor = Executor(config, dict(enumerate(pools)))
+    executor = Executor(config, dict(enumerate(pools)), families=rng.randrange(4), num_common=rng.randrange(9))
     for seq_id, (prompt, max_tokens, ends_after) in enumerate(sequences):
         executor.add(seq_id, prompt, max_tokens, ends_after)
     executor.drain(rng)
@@ -34,7 +34,7 @@ def test_late_arrivals_aborts_and_idle_drivers_change_nothing(
     job: tuple[SchedulerConfig, list[int], list[tuple[int, int, int]]], rng: random.Random
 ) -> None:
     config, pools, sequences = job
-    executor = Executor(config, dict(enumerate(pools)))
+    executor = Executor(config, dict(enumerate(pools)), families=rng.randrange(4), num_common=rng.randrange(9))
     left = dict(enumerate(sequences))
     aborted: set[int] = set()
     for _ in range(60):

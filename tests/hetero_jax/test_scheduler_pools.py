@@ -21,10 +21,13 @@ from scheduler_executor import Executor, jobs, make_config, make_executor, make_
 def test_every_sequence_finishes_whatever_joins_drains_and_is_lost(
     job: tuple[SchedulerConfig, list[int], list[tuple[int, int, int]]], rng: random.Random
 ) -> None:
-    """Every token once, positions in order, pages never shared, nothing new on draining pools: see the executor."""
+    """Every token once, positions in order, what is seen is there, nothing new on draining pools: see the executor."""
     config, sizes, sequences = job
     formats = {number: rng.choice(["", "a", "a", "b"]) for number in range(len(sizes))}
-    executor = Executor(config, dict(enumerate(sizes)), formats=formats, copies=lambda move: rng.random() < 0.8)
+    shares = {"families": rng.randrange(4), "num_common": rng.randrange(9)}
+    executor = Executor(
+        config, dict(enumerate(sizes)), formats=formats, copies=lambda move: rng.random() < 0.8, **shares
+    )
     left, joined = dict(enumerate(sequences)), len(sizes)
     for _ in range(80):
         action = rng.random()

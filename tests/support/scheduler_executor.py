@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import strategies as st
 
+from hetero_jax.prefixes import page_keys
 from hetero_jax.scheduler import Scheduler
 from hetero_jax.scheduler_types import (
     Batch,
@@ -37,7 +38,7 @@ def make_scheduler(*pools: int, **config: int) -> Scheduler:
 class Mirror:
     """What the executor knows of one sequence."""
 
-    prompt: int
+    prompt: tuple[int, ...]
     max_tokens: int
     ends_after: int  # tokens until it ends
     generated: int = 0
@@ -55,13 +56,16 @@ class Executor:
     sequences: dict[int, Mirror] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)  # tokens generated
     in_flight: dict[int, Batch] = field(default_factory=dict)
-    owner: dict[tuple[int, int], int] = field(default_factory=dict)  # pool and page -> sequence that wrote to it last
+    written: dict[tuple[int, int, int], int] = field(default_factory=dict)  # pool, page, offset -> what was computed
+    families: int = 0  # of prompts; those of one begin alike. 0: no prompts are shared
+    num_common: int = 0  # tokens that all families begin with
     tables: dict[int, tuple[int, ...]] = field(default_factory=dict)
     homes: dict[int, int] = field(default_factory=dict)  # sequence -> pool of its last chunk
     draining: set[int] = field(default_factory=set)
     formats: dict[int, str] = field(default_factory=dict)  # of pages, by pool
     speeds: dict[int, float] = field(default_factory=dict)  # of pools that were measured
     copies: Callable[[Move], bool] = lambda move: True  # whether the pages of a move arrive
+    shared_positions: int = 0  # that sequences did not compute
     moves: list[Move] = field(default_factory=list)  # those from one pool that stays to another
 
     def __post_init__(self) -> None:
@@ -70,8 +74,34 @@ class Executor:
             self.scheduler.apply(PoolJoined(number, num_pages, self.formats.setdefault(number, "")))
 
     def add(self, seq_id: int, prompt: int, max_tokens: int, ends_after: int | None = None) -> None:
-        self.scheduler.add(seq_id, prompt, max_tokens)
-        self.sequences[seq_id] = Mirror(prompt, max_tokens, ends_after or max_tokens)
+        family = 1 + seq_id % self.families if self.families else 0
+        tokens = tuple([0] * min(self.num_common, prompt) + [family] * (prompt - self.num_common))
+        keys = page_keys(tokens, self.config.page_size) if self.families else ()
+        self.scheduler.add(seq_id, prompt, max_tokens, keys)
+        self.sequences[seq_id] = Mirror(tokens, max_tokens, ends_after or max_tokens)
+
+    def _content(self, seq_id: int, position: int) -> int:
+        """What stands for the keys and values of a token: they depend on all tokens so far."""
+        prompt = self.sequences[seq_id].prompt
+        return hash(prompt[: position + 1] if position < len(prompt) else (seq_id, position))
+
+    def _slot(self, chunk: Chunk, position: int) -> tuple[int, int, int]:
+        page, offset = divmod(position, self.config.page_size)
+        return chunk.pool, chunk.pages[page], offset
+
+    def _check_pages(self, chunk: Chunk) -> None:
+        """All that its rows see was computed and is there still, and nobody else uses what they write to."""
+        first = max(0, chunk.start - self._sees + 1)
+        for position in range(first, chunk.start):
+            assert self.written.get(self._slot(chunk, position)) == self._content(chunk.seq_id, position)
+        theirs = {
+            page
+            for batch in self.in_flight.values()
+            for other in batch.chunks
+            if other.pool == chunk.pool
+            for page in other.pages[self._first_seen(other) :]
+        }
+        assert not theirs.intersection(chunk.pages[chunk.start // self.config.page_size :])
 
     def launch(self) -> Batch | None:
         self.move()
@@ -88,32 +118,32 @@ class Executor:
             seq = self.sequences[chunk.seq_id]
             assert not seq.in_flight
             seq.in_flight = True
-            if chunk.start != seq.computed:  # only a new residency starts anywhere but where the last chunk ended
-                assert chunk.start == 0
-                seq.computed = 0
-            if chunk.start == 0:
+            seen, ours = self._first_seen(chunk), self.tables.get(chunk.seq_id, ())
+            whole, rest = divmod(chunk.start, self.config.page_size)
+            is_new = chunk.start != seq.computed or chunk.pages[seen:whole] != ours[seen:whole] or chunk.start == 0
+            if is_new:  # a residency begins with a page, behind what others have computed
+                assert rest == 0 and whole * self.config.page_size < len(seq.prompt) + seq.generated
+                assert chunk.start == 0 or (self.families and chunk.start <= len(seq.prompt))
+                self.shared_positions += chunk.start
+                seq.computed = chunk.start
                 self.tables.pop(chunk.seq_id, None)
                 assert chunk.pool not in self.draining
-            known = seq.prompt + seq.generated
+            known = len(seq.prompt) + seq.generated
             assert chunk.length >= 1 and chunk.start + chunk.length <= known
             assert chunk.samples == (chunk.start + chunk.length == known)
             assert len(chunk.pages) == -(-(chunk.start + chunk.length) // self.config.page_size)
             table = self.tables.get(chunk.seq_id, ())
             assert all(0 <= page < self.pools[chunk.pool] for page in chunk.pages)
-            seen = self._first_seen(chunk)
-            if chunk.start:
+            if not is_new:
                 assert chunk.pool == self.homes[chunk.seq_id]  # one worker has the whole sequence
                 assert chunk.pages[seen : len(table)] == table[seen:]  # what is written stays where it is
-                written = table[seen : -(-chunk.start // self.config.page_size)]
-                # Nobody else has written there.
-                assert all(self.owner[chunk.pool, page] == chunk.seq_id for page in written)
+            self._check_pages(chunk)
             assert len(chunk.pages) - seen <= self.config.most_pages(chunk.start + chunk.length)
             self.tables[chunk.seq_id], self.homes[chunk.seq_id] = chunk.pages, chunk.pool
-            self.owner.update({(chunk.pool, page): chunk.seq_id for page in chunk.pages[seen:]})
+            self.in_flight[batch.batch_id] = Batch(batch.batch_id, batch.chunks[: batch.chunks.index(chunk) + 1])
         self.in_flight[batch.batch_id] = batch
         chunks = [c for b in self.in_flight.values() for c in b.chunks if c.pool in self.pools]
-        flying = [(c.pool, page) for c in chunks for page in c.pages[self._first_seen(c) :]]
-        assert len(flying) == len(set(flying))
+        flying = {(c.pool, page) for c in chunks for page in c.pages[self._first_seen(c) :]}
         assert len(flying) <= self.scheduler.pages_used <= self.scheduler.pages_total == sum(self.pools.values())
         assert self.scheduler.num_running <= self.config.max_num_seqs
         return batch
@@ -124,7 +154,6 @@ class Executor:
             seq_id, source, target = move.seq_id, move.source, move.target
             assert not self.sequences[seq_id].in_flight and source != target not in self.draining
             assert self.formats[source] == self.formats[target] != ""
-            assert all(self.owner[source, page] == seq_id for page in move.source_pages)
             assert all(0 <= page < self.pools[target] for page in move.target_pages)
             assert len(set(move.source_pages)) == len(move.source_pages) == len(set(move.target_pages))
             if source not in self.draining:
@@ -136,7 +165,10 @@ class Executor:
             moved = dict(zip(move.source_pages, move.target_pages, strict=True))
             self.tables[seq_id] = tuple(moved.get(page, -1) for page in self.tables.get(seq_id, ()))
             self.homes[seq_id] = target
-            self.owner.update({(target, page): seq_id for page in move.target_pages})
+            copied = {place: found for place, found in self.written.items() if place[:1] == (source,)}
+            self.written |= {
+                (target, moved[page], at): found for (_, page, at), found in copied.items() if page in moved
+            }
 
     def _check_balancing(self, move: Move) -> None:
         """It was the slowest pool, and the target is not now: with a sequence more it has still a tenth less time."""
@@ -159,12 +191,16 @@ class Executor:
         return [seq_id for seq_id, home in self.homes.items() if home == pool and seq_id in self.sequences]
 
     def _reads(self, seq: Mirror) -> int:
-        return min(seq.prompt + seq.generated, self.config.window or self.config.max_model_len)
+        return min(len(seq.prompt) + seq.generated, self._sees)
 
     def _first_seen(self, chunk: Chunk) -> int:
         """The first page that a row of the chunk sees."""
-        window = self.config.window or self.config.max_model_len
-        return max(0, chunk.start - window + 1) // self.config.page_size
+        return max(0, chunk.start - self._sees + 1) // self.config.page_size
+
+    @property
+    def _sees(self) -> int:
+        """Most positions that a row attends to."""
+        return self.config.window or self.config.max_model_len
 
     def join(self, number: int, num_pages: int, page_format: str = "") -> None:
         self.pools[number], self.formats[number] = num_pages, page_format
@@ -176,6 +212,7 @@ class Executor:
         self.speeds.pop(number, None)
         self.draining.discard(number)
         self.scheduler.apply(PoolLost(number))
+        self.written = {place: found for place, found in self.written.items() if place[0] != number}
         for seq_id, home in self.homes.items():
             if home == number and seq_id in self.sequences:
                 self.sequences[seq_id].computed = 0
@@ -199,6 +236,8 @@ class Executor:
             if chunk.seq_id in lost:
                 continue
             seq.computed += chunk.length
+            for position in range(chunk.start, seq.computed):
+                self.written[self._slot(chunk, position)] = self._content(chunk.seq_id, position)
             if chunk.samples:
                 seq.generated += 1
                 finished[chunk.seq_id] = seq.generated == seq.ends_after
@@ -217,6 +256,7 @@ class Executor:
             landed += 1
         assert not self.in_flight and self.scheduler.schedule() is None
         assert (self.scheduler.pages_used, self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0, 0)
+        assert self.scheduler.prefix_cache_hits == self.shared_positions
         return landed
 
 

@@ -1,0 +1,52 @@
+"""What is known of prompts' beginnings, against the beginnings themselves."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetero_jax.prefixes import Prefixes, page_keys
+
+TOKENS = st.lists(st.integers(0, 1), max_size=20)
+
+
+@given(TOKENS, TOKENS, st.integers(1, 5))
+def test_keys_are_equal_exactly_where_all_tokens_so_far_are(one: list[int], other: list[int], page_size: int) -> None:
+    ours, theirs = page_keys(one, page_size), page_keys(other, page_size)
+    assert (len(ours), len(theirs)) == (len(one) // page_size, len(other) // page_size)
+    for page, (mine, its) in enumerate(zip(ours, theirs, strict=False)):
+        end = (page + 1) * page_size
+        assert (mine == its) == (one[:end] == other[:end])
+    assert len(set(ours)) == len(ours)
+
+
+def test_tokens_of_any_size_differ() -> None:
+    assert len({page_keys([token], 1) for token in (0, 1, 256, 1 << 16, 1 << 32)}) == 5
+
+
+def test_as_many_pages_as_are_known_without_a_gap() -> None:
+    prefixes, keys = Prefixes(), page_keys(range(8), 2)
+    for index in (0, 1, 3):
+        prefixes.learn(keys[index], 10 + index)
+    assert prefixes.find(keys) == [10, 11]
+    assert prefixes.find(page_keys([0, 1, 5, 5], 2)) == [10]
+    prefixes.learn(keys[1], 99)  # computed twice: the first stays
+    assert prefixes.find(keys) == [10, 11]
+    prefixes.forget([99, 10])
+    assert prefixes.find(keys) == []
+    prefixes.learn(keys[0], 20)
+    assert prefixes.find(keys) == [20, 11]
+
+
+def test_what_is_awaited_ends_when_it_is_computed_or_given_up() -> None:
+    prefixes, keys = Prefixes(), page_keys(range(8), 2)
+    prefixes.expect(keys[:2], seq_id=1)
+    prefixes.expect(keys, seq_id=2)  # computes the last two; the first two are in other hands
+    assert prefixes.last_awaited(keys) == keys[3]
+    assert prefixes.last_awaited([*keys[:1], *page_keys([9, 9], 2)]) == keys[0]
+    assert prefixes.last_awaited(page_keys([9, 9], 2)) is None
+    prefixes.learn(keys[0], 5)
+    prefixes.give_up(keys, seq_id=2)
+    assert prefixes.last_awaited(keys) == keys[1] and not prefixes.is_awaited(keys[3])
+    prefixes.give_up(keys, seq_id=1)
+    assert prefixes.last_awaited(keys) is None and prefixes.find(keys) == [5]
