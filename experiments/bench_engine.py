@@ -98,6 +98,7 @@ def _engine(point: Point) -> hj.Engine:
         max_num_batched_tokens=point.max_num_batched_tokens,
         max_num_seqs=point.sequences,
         num_microbatches=point.num_microbatches,
+        enable_prefix_caching=False,  # the same prompts again must cost the same again
         max_model_len=max(longest, 64),
     )
     return hj.Engine(model, config)

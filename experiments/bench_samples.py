@@ -1,9 +1,8 @@
-"""What samples of one prompt cost, beside as many sequences whose prompts have nothing in common.
+"""What samples of one prompt cost, beside the same without prefix caching.
 
     python -m experiments.bench_samples --model=SmolLM2-135M-Instruct.Q4_1.gguf
 
-The same number of sequences, prompt tokens and generated tokens both times. Samples share the pages of their prompt: it
-is computed once, kept once, and read once by all rows of a microbatch.
+Samples share the pages of their prompt: it is computed once, kept once, and read once by all rows of a microbatch.
 """
 
 from __future__ import annotations
@@ -29,35 +28,36 @@ _KV_CACHE_BYTES = 4 << 30
 def main(argv: list[str]) -> None:
     """Print a row for each number of samples."""
     del argv
-    print_header(["samples", "seconds", "of prompts alone", "KV pages at most", "apart: seconds", "KV pages", "ratio"])
-    engine = hj.Engine(
+    shared, apart = (_engine(enable_prefix_caching=enable) for enable in (True, False))
+    print_header(
+        ["samples", "shared: seconds", "KV pages at most", "apart: seconds", "KV pages at most", "apart / shared"]
+    )
+    for samples in map(int, _SAMPLES.value):
+        for engine in (shared, apart):  # compiles
+            _run(engine, samples, seed=0)
+        (shared_s, shared_pages), (apart_s, apart_pages) = (_run(each, samples, seed=1) for each in (shared, apart))
+        ratio = f"{apart_s / shared_s:.2f}"
+        print_row([samples, f"{shared_s:.1f}", shared_pages, f"{apart_s:.1f}", apart_pages, ratio])
+
+
+def _engine(*, enable_prefix_caching: bool) -> hj.Engine:
+    return hj.Engine(
         hj.load(_MODEL.value, dtype=_DTYPE.value),
         hj.EngineConfig(
             kv_cache_bytes=_KV_CACHE_BYTES,
             max_num_seqs=_SEQUENCES.value,
             max_model_len=_PROMPT.value + _TOKENS.value,
             num_microbatches=1,
+            enable_prefix_caching=enable_prefix_caching,
         ),
     )
-    for samples in map(int, _SAMPLES.value):
-        for count in (samples, 1):  # compiles
-            _run(engine, count, _TOKENS.value)
-        apart_s, apart_pages = _run(engine, 1, _TOKENS.value)
-        together_s, pages = _run(engine, samples, _TOKENS.value)
-        prompts_s, _ = _run(engine, samples, 1)
-        print_row(
-            [
-                *(samples, f"{together_s:.1f}", f"{prompts_s:.1f}", pages),
-                *(f"{apart_s:.1f}", apart_pages, f"{apart_s / together_s:.2f}"),
-            ]
-        )
 
 
-def _run(engine: hj.Engine, samples: int, new_tokens: int) -> tuple[float, int]:
-    """Seconds of a job of --sequences sequences, and the most KV pages that it held when a request ended."""
-    chance = np.random.default_rng(0)
-    prompts = chance.integers(0, engine.plan.vocab_size, (_SEQUENCES.value // samples, _PROMPT.value)).tolist()
-    params = hj.SamplingParams(n=samples, max_tokens=new_tokens, temperature=1, seed=0, ignore_eos=True)
+def _run(engine: hj.Engine, samples: int, *, seed: int) -> tuple[float, int]:
+    """Seconds of a job of --sequences sequences with prompts of this seed, and the most KV pages in use."""
+    shape = (_SEQUENCES.value // samples, _PROMPT.value)
+    prompts = np.random.default_rng(seed).integers(0, engine.plan.vocab_size, shape).tolist()
+    params = hj.SamplingParams(n=samples, max_tokens=_TOKENS.value, temperature=1, seed=0, ignore_eos=True)
     engine.trace = trace = hj.Trace()
     begin_s = time.perf_counter()
     list(engine.generate(prompts, params))

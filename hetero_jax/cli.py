@@ -105,6 +105,8 @@ def _engine_flags(values: flags.FlagValues) -> None:
     integer("page_size", 128, "Token positions in a KV page.")
     integer("max_num_batched_tokens", 512, "Rows of one microbatch, prefill and decode together.")
     integer("max_num_seqs", 256, "Running sequences.")
+    text = "Take what prompts begin with from pages of others."
+    flags.DEFINE_bool("enable_prefix_caching", True, text, flag_values=values)
     integer("num_microbatches", 2, "Microbatches in flight; 0: as many as hide the way to workers and their work.")
     text = "Which microbatch goes on first of those that can."
     flags.DEFINE_enum("order", "deepest", list(ORDERS), text, flag_values=values)
@@ -284,8 +286,9 @@ def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
 
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches", "order")
-    names += ("max_model_len", "tier1", "attention", "secret_file", "tls_ca", "wire_dtype", "step_timeout_s")
-    names += ("worker_wait_s", "workers_file", "local_workers", "kv_partition", "tier1_memory_gb", "seed")
+    names += ("enable_prefix_caching", "max_model_len", "tier1", "attention", "secret_file", "tls_ca", "wire_dtype")
+    names += ("step_timeout_s", "worker_wait_s", "workers_file", "local_workers", "kv_partition", "tier1_memory_gb")
+    names += ("seed",)
     config = {name: values[name] for name in names}
     return {
         **config,

@@ -25,6 +25,7 @@ class EngineConfig:
       less of it behind the last token of each sequence; the native kernel rounds up to a multiple of 16.
     max_num_batched_tokens: rows of one microbatch, prefill chunks and decode rows together (the token budget).
     max_num_seqs: running sequences over all microbatches.
+    enable_prefix_caching: what prompts begin with is taken from pages that are still there from others, in whole pages.
     num_microbatches: microbatches in flight; with 2 or more, one is on tier 1 while another is on tier 2. 0: as many as
       hide the way to the workers and their work, measured while running; 2 in one process.
     order: which microbatch goes on first of those that can, one of ORDERS.
@@ -55,6 +56,7 @@ class EngineConfig:
     page_size: int = 128
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 256
+    enable_prefix_caching: bool = True
     num_microbatches: int = 2
     order: Literal["deepest", "oldest"] = "deepest"
     max_model_len: int | None = None

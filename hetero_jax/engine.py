@@ -227,7 +227,8 @@ class Engine:
 
     def _enqueue(self, group: RequestGroup) -> list[int]:
         ids = []
-        keys = page_keys(group.prompt_token_ids, self.config.page_size)
+        shares = self.config.enable_prefix_caching
+        keys = page_keys(group.prompt_token_ids, self.config.page_size) if shares else ()
         for index in range(group.params.n):
             seq_id, self._next_id = self._next_id, self._next_id + 1
             self._sequences[seq_id] = SequenceState(

@@ -18,15 +18,14 @@ class PageTables:
         return seq.keys[: (seq.known - 1) // self._config.page_size]
 
     def needed(self, seq: ScheduledSequence, pool: Pool) -> int:
-        """Pages that a waiting sequence would need, besides shared ones, to compute all that it knows."""
-        whole = pages_for(seq.known, self._config.page_size)
+        """Free pages that a waiting sequence would take until it has computed all that it knows."""
         shared = pool.prefixes.find(self.shareable(seq))
-        return min(whole - len(shared), self._config.most_pages(seq.known))
+        return self._missing(seq, sum(pool.pages.num_users(page) > 0 for page in shared))
 
     def enter(self, seq: ScheduledSequence, pool: Pool) -> None:
         """A waiting sequence begins to run in a pool, behind what others have computed of it there."""
         shared = pool.prefixes.find(self.shareable(seq))
-        seq.enter(pool, self.needed(seq, pool))
+        seq.enter(pool, self._missing(seq, len(shared)))
         seq.computed = len(shared) * self._config.page_size
         seq.share(shared, self._num_unseen(seq, len(shared)))
         pool.prefixes.expect(seq.keys[len(shared) :], seq.seq_id)
@@ -51,6 +50,11 @@ class PageTables:
             again = min(len(behind), owed - seq.promised)
             seq.promised += again
             seq.home.promised += again
+
+    def _missing(self, seq: ScheduledSequence, num_pages: int) -> int:
+        """Pages that it needs besides so many that are there."""
+        whole = pages_for(seq.known, self._config.page_size)
+        return min(whole - num_pages, self._config.most_pages(seq.known))
 
     def _num_unseen(self, seq: ScheduledSequence, num_pages: int) -> int:
         """First pages of a table of so many that no row from `computed` on sees; never the last one."""

@@ -6,7 +6,8 @@ sequence is page 7 in every pool, so one allocator and one page table per sequen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Container, Iterable
 
 
 def pages_for(num_positions: int, page_size: int) -> int:
@@ -18,11 +19,12 @@ class PageAllocator:
     """Hands out page numbers below `num_pages`, all or nothing; a page may have several users.
 
     The order depends on the calls only. Pages freed last are given first: they are the ones that the caches may still
-    know.
+    know. Pages worth keeping, whose contents may be wanted again, are given last of all, the oldest first.
     """
 
     def __init__(self, num_pages: int) -> None:
         self._free = list(range(num_pages - 1, -1, -1))  # a stack; the next one is at the end
+        self._kept: dict[int, None] = {}  # free as well; the next one is at the beginning
         self._num_users = [0] * num_pages
 
     @property
@@ -31,11 +33,11 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._kept)
 
     @property
     def num_used(self) -> int:
-        return len(self._num_users) - len(self._free)
+        return self.num_pages - self.num_free
 
     def num_users(self, page: int) -> int:
         """How often the page must be given back before it is free."""
@@ -44,32 +46,34 @@ class PageAllocator:
     def allocate(self, count: int) -> list[int] | None:
         """`count` free pages, or None (and nothing changed) where fewer are free."""
         assert count >= 0, f"count={count}; allowed: >= 0"
-        if count > len(self._free):
+        if count > self.num_free:
             return None
-        split = len(self._free) - count
+        split = max(0, len(self._free) - count)
         pages = self._free[split:][::-1]
         del self._free[split:]
+        pages += itertools.islice(self._kept, count - len(pages))
         for page in pages:
+            self._kept.pop(page, None)
             self._num_users[page] = 1
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """One user more for each of these. A page that is not in use is a bug of the caller, hence an assertion."""
+        """One user more for each of these, which are in use or kept. Else it is a bug of the caller: an assertion."""
         for page in pages:
-            self._check_in_use(page)
+            known = 0 <= page < self.num_pages and (self._num_users[page] > 0 or page in self._kept)
+            assert known, f"page {page} is not in use"
+            self._kept.pop(page, None)
             self._num_users[page] += 1
 
-    def free(self, pages: Iterable[int]) -> list[int]:
-        """One user less for each of these; those that are free now. For pages that are not in use, as `share`."""
-        freed: list[int] = []
+    def free(self, pages: Iterable[int], keep: Container[int] = ()) -> None:
+        """One user less for each of these, which are in use (an assertion as well); `keep`: those worth keeping."""
         for page in pages:
-            self._check_in_use(page)
+            in_use = 0 <= page < self.num_pages and self._num_users[page] > 0
+            assert in_use, f"page {page} is not in use"
             self._num_users[page] -= 1
-            if self._num_users[page] == 0:
-                freed.append(page)
-        self._free += freed
-        return freed
-
-    def _check_in_use(self, page: int) -> None:
-        in_use = 0 <= page < len(self._num_users) and self._num_users[page] > 0
-        assert in_use, f"page {page} is not in use"
+            if self._num_users[page]:
+                continue
+            if page in keep:
+                self._kept[page] = None
+            else:
+                self._free.append(page)

@@ -2,7 +2,8 @@
 
 A page is known by a key that stands for all tokens up to its end (a chain of hashes, as in vLLM's automatic prefix
 caching): equal keys, equal contents, since what is kept of a token depends on the tokens up to it alone. Only pages
-that are full of prompt and computed are known, and only while a sequence uses them; nobody writes there again.
+that are full of prompt and computed are known; nobody writes there again, until a page that nobody uses any more is
+given to somebody else.
 """
 
 from __future__ import annotations
@@ -73,8 +74,12 @@ class Prefixes:
             if self._awaited.get(key) == seq_id:
                 del self._awaited[key]
 
+    def __contains__(self, page: int) -> bool:
+        """Whether it is a known page."""
+        return page in self._keys
+
     def forget(self, pages: Iterable[int]) -> None:
-        """Nobody uses these pages any more."""
+        """These pages are about to hold something else."""
         for page in pages:
             if (key := self._keys.pop(page, None)) is not None:
                 del self._pages[key]

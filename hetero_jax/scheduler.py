@@ -33,8 +33,8 @@ pages and speed. Rules 3 and 4 then hold within its pool. Pools come and go (`ap
 - A sequence that no pool can hold is set aside until one joins that can.
 
 Pages that are full of prompt are shared (`hetero_jax/prefixes.py`): a sequence begins behind those that others have
-computed in its pool. While another one is about to compute what it begins with, it lets those behind it go first. A
-page is free when none of its users is left, and nobody writes to a full one.
+computed in its pool. While another one is about to compute what it begins with, it lets those behind it go first.
+Nobody writes to a full page. One that has no user left is free, and known until it is given away, the last of all.
 
 Where every site has a sliding window, pages that no later row sees are free as soon as their microbatch is back, so a
 sequence never holds more than its window and one chunk.
@@ -331,13 +331,12 @@ class Scheduler:
         missing = pages_for(num_positions, self.config.page_size) - len(seq.pages)
         if missing <= 0:
             return True
-        free = seq.home.pages
-        pages = free.allocate(missing)
+        pages = seq.home.allocate(missing)
         if pages is None:
             draft.short_of_pages = True
             if not self._preempt_for(seq, missing):
                 return False
-            pages = free.allocate(missing)
+            pages = seq.home.allocate(missing)
             assert pages is not None
         kept = min(missing, seq.promised)
         seq.promised -= kept

@@ -32,9 +32,15 @@ class Pool:
         """Pages for another sequence: each running one may open one more before a preemption."""
         return self.pages.num_free - self.promised - max(self.num_running, self.pages.num_pages // 100)
 
+    def allocate(self, count: int) -> list[int] | None:
+        """So many pages to write to; None where fewer are free."""
+        pages = self.pages.allocate(count)
+        self.prefixes.forget(pages or ())
+        return pages
+
     def free(self, pages: Iterable[int]) -> None:
-        """Take pages back from one of their users."""
-        self.prefixes.forget(self.pages.free(pages))
+        """Take pages back from one of their users; what is known of them stays as long as nobody else needs them."""
+        self.pages.free(pages, keep=self.prefixes)
 
     def freed_by(self, leaving: Iterable[ScheduledSequence]) -> int:
         """Pages that would be free if these sequences left."""
@@ -113,7 +119,7 @@ class ScheduledSequence:
         source, old, num_freed, promised = self.home.number, self.held, self.num_freed, self.promised
         self.leave()
         self.enter(pool, promised)
-        new = pool.pages.allocate(len(old))
+        new = pool.allocate(len(old))
         assert new is not None, f"pool {pool.number} lacks pages for sequence {self.seq_id}"
         self.pages, self.num_freed = (*new[-1:] * num_freed, *new), num_freed
         self.moved_at = self.known

@@ -32,8 +32,9 @@ def test_as_many_pages_as_are_known_without_a_gap() -> None:
     assert prefixes.find(page_keys([0, 1, 5, 5], 2)) == [10]
     prefixes.learn(keys[1], 99)  # computed twice: the first stays
     assert prefixes.find(keys) == [10, 11]
+    assert 11 in prefixes and 99 not in prefixes
     prefixes.forget([99, 10])
-    assert prefixes.find(keys) == []
+    assert prefixes.find(keys) == [] and 10 not in prefixes
     prefixes.learn(keys[0], 20)
     assert prefixes.find(keys) == [20, 11]
 

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetero_jax.errors import CapacityError, ConfigError, RequestError
+from hetero_jax.pages import PageAllocator
+from hetero_jax.scheduler_state import Pool, ScheduledSequence
 from hetero_jax.scheduler_types import SchedulerConfig
 from scheduler_executor import Executor, jobs, make_config, make_executor, make_scheduler
 
@@ -246,3 +248,59 @@ def test_cost_of_a_step_does_not_grow_with_the_queue() -> None:
 
     few = min(seconds_per_step(300) for _ in range(3))
     assert seconds_per_step(200_000) < 5 * few + 1e-4
+
+
+def _one_family(*pools: int, **config: int) -> Executor:
+    return Executor(make_config(**config), dict(enumerate(pools)), families=1)
+
+
+def test_samples_wait_for_the_first_one_and_share_its_pages() -> None:
+    executor = _one_family(100, page_size=4, max_num_batched_tokens=8, num_microbatches=2)
+    for seq_id in range(3):
+        executor.add(seq_id, prompt=18, max_tokens=2)
+    starts: list[tuple[int, int, int]] = []
+    while executor.scheduler.has_unfinished:
+        while (batch := executor.launch()) is not None:
+            starts += [(chunk.seq_id, chunk.start, chunk.length) for chunk in batch.chunks]
+        executor.land(min(executor.in_flight))
+    assert starts[:2] == [(0, 0, 8), (0, 8, 8)]
+    assert {(seq_id, start) for seq_id, start, _ in starts if seq_id} == {(1, 16), (1, 18), (2, 16), (2, 18)}
+    assert executor.shared_positions == 32 and executor.done == {0: 2, 1: 2, 2: 2}
+
+
+def test_those_behind_go_first_while_a_beginning_is_computed() -> None:
+    executor = make_executor(100, page_size=4, max_num_batched_tokens=8, num_microbatches=1)
+    executor.families = 2
+    for seq_id in (0, 2, 1):  # the first two are of one family
+        executor.add(seq_id, prompt=6, max_tokens=1)
+    batch = executor.launch()
+    assert batch is not None and [(c.seq_id, c.length) for c in batch.chunks] == [(0, 6), (1, 2)]
+    executor.land(batch.batch_id)
+    batch = executor.launch()
+    assert batch is not None and [(c.seq_id, c.start) for c in batch.chunks] == [(1, 2), (2, 4)]
+    executor.land(batch.batch_id)
+    assert set(executor.done) == {0, 1, 2}
+
+
+def test_whoever_waits_for_a_beginning_goes_on_where_its_computation_ends() -> None:
+    executor = _one_family(100, page_size=4, max_num_batched_tokens=4)
+    for seq_id in range(2):
+        executor.add(seq_id, prompt=12, max_tokens=2)
+    batch = executor.launch()
+    assert batch is not None and executor.launch() is None
+    executor.land(batch.batch_id)
+    executor.scheduler.abort(0)
+    del executor.sequences[0]
+    executor.drain(random.Random(0))
+    assert executor.done == {1: 2} and executor.shared_positions == 4
+
+
+def test_what_sequences_free_together_counts_pages_that_nobody_else_has() -> None:
+    pool = Pool(0, PageAllocator(9))
+    first, second, third = (ScheduledSequence(seq_id, seq_id, 1, 2, 64) for seq_id in range(3))
+    for seq, pages in ((first, [0, 1, 2]), (second, [0, 1, 3]), (third, [0, 4])):
+        seq.enter(pool, 0)
+        seq.pages = tuple(pages)
+    pool.pages.allocate(5)
+    pool.pages.share([0, 0, 1])
+    assert [pool.freed_by(some) for some in ([], [first], [first, second], [first, second, third])] == [0, 1, 3, 5]

@@ -43,7 +43,7 @@ def _tokens(engine: hj.Engine, requests: list[hj.Request]) -> dict[str, list[tup
 @pytest.mark.parametrize("name", MODELS)
 def test_samples_share_the_pages_of_their_prompt(name):
     requests = _requests([PROMPT], n=3, temperature=1)
-    engine, apart = _engine(MODELS[name]), _engine(MODELS[name], page_size=16)  # longer than the prompt
+    engine, apart = (_engine(MODELS[name], enable_prefix_caching=enable) for enable in (True, False))
     assert _tokens(engine, requests) == _tokens(apart, requests)
     whole = 3 * (len(PROMPT) + 6 - 1)
     assert (apart.stats.rows_computed, apart.stats.prefix_cache_hits) == (whole, 0)
@@ -74,13 +74,15 @@ def test_what_is_shared_outlives_who_computed_it():
         for n, length in enumerate(lengths)
     ]
     expected = model.greedy(model.params(), list(PROMPT), max(lengths))
-    found = _tokens(_engine(model, max_num_seqs=2), requests)
-    assert found == {str(n): [tuple(expected[:length])] for n, length in enumerate(lengths)}
+    engine = _engine(model, max_num_seqs=1)
+    for hits in (16, 40):  # all but the first of all
+        assert _tokens(engine, requests) == {str(n): [tuple(expected[:length])] for n, length in enumerate(lengths)}
+        assert engine.stats.prefix_cache_hits == hits
 
 
 def test_samples_on_workers_share_within_each_and_survive_the_loss_of_one():
     requests = _requests([PROMPT, PROMPT[::-1]], n=4, max_tokens=12, temperature=1)
-    undisturbed = _tokens(_engine(MODELS["native"], page_size=16), requests)
+    undisturbed = _tokens(_engine(MODELS["native"], enable_prefix_caching=False), requests)
     with ThreadWorker(at=12, fault=ThreadWorker.die) as dies, ThreadWorker() as stays:
         workers = (dies.address, stays.address)
         engine = _engine(MODELS["native"], workers=workers, wire_dtype="float32", max_num_batched_tokens=16)
