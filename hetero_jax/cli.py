@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -285,16 +286,8 @@ def _plan_of_module(name: str, max_model_len: int | None) -> Plan:
 
 
 def _engine_config(values: dict[str, Any]) -> dict[str, Any]:
-    names = ("kv_cache_dtype", "page_size", "max_num_batched_tokens", "max_num_seqs", "num_microbatches", "order")
-    names += ("enable_prefix_caching", "max_model_len", "tier1", "attention", "secret_file", "tls_ca", "wire_dtype")
-    names += ("step_timeout_s", "worker_wait_s", "workers_file", "local_workers", "kv_partition", "tier1_memory_gb")
-    names += ("seed",)
-    config = {name: values[name] for name in names}
-    return {
-        **config,
-        "kv_cache_bytes": parse_bytes(values["kv_cache_bytes"]),
-        "workers": tuple(values["workers"]),
-    }
+    config = {field.name: values[field.name] for field in fields(EngineConfig)}  # the flags have their names
+    return config | {"kv_cache_bytes": parse_bytes(values["kv_cache_bytes"]), "workers": tuple(values["workers"])}
 
 
 def _engine(values: dict[str, Any], trace: Trace | None = None) -> Engine:
