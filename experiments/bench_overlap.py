@@ -14,21 +14,19 @@ import math
 import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 import hetero_jax as hj
 from experiments.delay_proxy import serve_delayed
 from experiments.markdown import print_header, print_row
+from experiments.pinned_worker import pinned_worker
+from experiments.plain_decoder import HEAD_DIM, VOCAB, forward, params
 
 _CONTEXTS = flags.DEFINE_list("contexts", ["64", "256", "512", "1024"], "Positions of each sequence, for balance.")
 _LATENCIES = flags.DEFINE_list("latencies_ms", ["0", "2", "5", "10", "20", "50", "100"], "One way.")
@@ -41,7 +39,7 @@ _SECONDS = flags.DEFINE_float(
 _HIDDEN = flags.DEFINE_list("hidden", ["256", "1024"], "Width of the model for balance, and for latency.")
 _CORES = flags.DEFINE_list("cores", ["0", "1"], "Of the engine, and of the worker.")
 
-_LAYERS, _VOCAB, _HEAD_DIM = 4, 1024, 64
+_LAYERS = 4
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +49,7 @@ def main(argv: list[str]) -> None:
     os.sched_setaffinity(0, {engine_core})  # before JAX counts cores
     narrow, wide = map(int, _HIDDEN.value)
     with ExitStack() as stack:
-        address = stack.enter_context(_worker(worker_core))
+        address, _ = stack.enter_context(pinned_worker(worker_core, kv_cache_bytes="256M"))
         print_header(["context", "microbatches", "step ms", "tier 1 ms", "tier 2 ms", "step / larger", "step / sum"])
         for context in map(int, _CONTEXTS.value):
             for microbatches in (1, 2):
@@ -68,7 +66,7 @@ def _balance(address: str, hidden: int, context: int, microbatches: int) -> list
         address, hidden, num_microbatches=microbatches, max_num_seqs=count, max_model_len=context + tokens + 1
     )
     chance = np.random.default_rng(0)
-    prompts = [chance.integers(0, _VOCAB, context).tolist() for _ in range(count)]
+    prompts = [chance.integers(0, VOCAB, context).tolist() for _ in range(count)]
     trace, before = hj.Trace(), 0
     for _ in range(2):  # the first time compiles
         engine.trace, before = trace, engine.stats.tokens_generated
@@ -127,65 +125,8 @@ def _tokens_per_s(address: str, hidden: int, num_microbatches: int) -> tuple[flo
 
 
 def _engine(address: str, hidden: int, *, max_model_len: int = 128, **config: Any) -> hj.Engine:
-    plan = hj.partition(_forward, _params(hidden), max_rows=max_model_len)
+    plan = hj.partition(forward, params(hidden, _LAYERS, heads=hidden // HEAD_DIM), max_rows=max_model_len)
     return hj.Engine(plan, hj.EngineConfig(workers=(address,), max_model_len=max_model_len, page_size=16, **config))
-
-
-def _params(hidden: int) -> dict:
-    draw = np.random.default_rng(0)
-
-    def weight(*shape: int) -> jax.Array:
-        return jnp.asarray(draw.standard_normal(shape, np.float32) / shape[0] ** 0.5)
-
-    layers = [
-        {
-            "qkv": weight(hidden, 2 * hidden),
-            "out": weight(hidden, hidden),
-            "up": weight(hidden, 4 * hidden),
-            "down": weight(4 * hidden, hidden),
-        }
-        for _ in range(_LAYERS)
-    ]
-    return {"embed": weight(_VOCAB, hidden), "layers": layers}
-
-
-def _forward(params: dict, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """A plain decoder with two heads of queries to one of keys; position enters by rotation."""
-    x = params["embed"][tokens]
-    half = _HEAD_DIM // 2
-    angles = positions[..., None, None] * 10000.0 ** -(jnp.arange(half) / half)
-    for layer in params["layers"]:
-        parts = (_norm(x) @ layer["qkv"]).reshape(*x.shape[:2], -1, _HEAD_DIM)
-        q, k, v = jnp.split(parts, [parts.shape[2] // 2, 3 * parts.shape[2] // 4], axis=2)
-        out = jax.nn.dot_product_attention(_rotate(q, angles), _rotate(k, angles), v, is_causal=True)
-        x = x + out.reshape(x.shape) @ layer["out"]
-        x = x + jax.nn.silu(_norm(x) @ layer["up"]) @ layer["down"]
-    return _norm(x) @ params["embed"].T
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
-
-
-def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    a, b = jnp.split(x, 2, axis=-1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-@contextmanager
-def _worker(core: int) -> Iterator[str]:
-    main_ = "import sys; from hetero_jax.cli import main; sys.exit(main())"
-    flags_ = ["worker", "--listen=127.0.0.1:0", "--kv_cache_bytes=256M"]
-    process = subprocess.Popen(
-        ["taskset", "-c", str(core), sys.executable, "-c", main_, *flags_], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().removeprefix("listening on ").strip()
-    finally:
-        process.kill()
-        process.wait()
 
 
 @contextmanager
