@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +17,12 @@ _PERIOD_S = 0.0006
 @contextmanager
 def throttled(pid: int, running: float) -> Iterator[None]:
     """While the block lasts, the process may run for a part of the time only: 0 < running < 1."""
-    process = multiprocessing.get_context("spawn").Process(target=_throttle, args=(pid, running), daemon=True)
-    process.start()
+    process = subprocess.Popen([sys.executable, "-m", "experiments.throttle", str(pid), str(running)])
     try:
         yield
     finally:
         process.kill()
-        process.join()
+        process.wait()
         os.kill(pid, signal.SIGCONT)
 
 
@@ -35,3 +35,7 @@ def _throttle(pid: int, running: float) -> None:
         time.sleep(running * _PERIOD_S)
         os.kill(pid, signal.SIGSTOP)
         time.sleep((1 - running) * _PERIOD_S)
+
+
+if __name__ == "__main__":
+    _throttle(int(sys.argv[1]), float(sys.argv[2]))
