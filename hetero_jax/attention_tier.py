@@ -21,6 +21,7 @@ from hetero_jax.errors import ConfigError
 from hetero_jax.exported_attention import ExportedAttention
 from hetero_jax.exported_site import ExportedSite
 from hetero_jax.tracing import TIER2, Trace
+from hetero_jax.wire import from_wire, to_wire
 from partition import PlannedSite, Value
 
 
@@ -50,6 +51,7 @@ class AttentionTier:
       page_size: token positions in a page.
       dtype: element type of the pools.
       device: where they are.
+      tier1: where rows come from and go to; None: this device, or the memory of the host.
       max_pages: no more than so many, whatever the memory; None: no limit.
     Raises:
       ConfigError: not one page fits, or what serves this device has no such dtype.
@@ -64,9 +66,11 @@ class AttentionTier:
         page_size: int,
         dtype: Any,
         device: Any,
+        tier1: Any = None,
         max_pages: int | None = None,
     ) -> None:
         self.device, self.waited_s = device, 0.0  # it is JAX that waits, where the arrays are used
+        self._tier1 = None if tier1 == device else tier1
         choose = _KernelChoice(dtype=dtype, device=device)
         made = {key: choose(site) for key, site in {site.key: site for site in reversed(sites)}.items()}
         self._kernels = [made[site.key] for site in sites]
@@ -86,7 +90,7 @@ class AttentionTier:
         self._weights = [
             jax.device_put(site.kernel_weights([weights[value] for value in site.weights]), device) for site in sites
         ]
-        jitted = {kernel: jax.jit(kernel.attend, donate_argnums=0) for kernel in made.values()}
+        jitted = {kernel: _jit(kernel) for kernel in made.values()}
         self._calls = [jitted[kernel] for kernel in self._kernels]
 
     @property
@@ -126,22 +130,30 @@ class AttentionTier:
         placed = {kernel: jax.device_put(kernel.needed_layout(layout), self.device) for kernel in set(self._kernels)}
         return [placed[kernel] for kernel in self._kernels]
 
-    def begin(self, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def begin(self, arrays: tuple[jax.Array, ...]) -> None:
         """Start to move what sites take here."""
-        start_copy(arrays, self.device)
-        return arrays
+        if self._tier1 is not None:
+            start_copy(arrays, self._tier1, self.device)
 
     def attend(
-        self, site: int, layouts: Sequence[AttentionLayout], inputs: Sequence[jax.Array]
+        self,
+        site: int,
+        layouts: Sequence[AttentionLayout],
+        inputs: Sequence[jax.Array | np.ndarray],
+        wire_dtype: str | None = None,
     ) -> tuple[jax.Array, ...]:
         """Append what is cached to the site's pool and attend: [R, *inner] of each output on this tier's device.
 
         Args:
           inputs: of the site; where it `shares_pool`, those that are not cached alone.
+          wire_dtype: rows come as they travel, and go so; None: they are as the site has them.
         """
-        here = tuple(land(array, self.device) for array in inputs)
+        if self._tier1 is not None:
+            inputs = [land(array, self.device) for array in inputs]
         pool = self._pool_of[site]
-        self._pools[pool], out = self._calls[site](self._pools[pool], here, layouts[site], self._weights[site])
+        self._pools[pool], out = self._calls[site](
+            self._pools[pool], tuple(inputs), layouts[site], self._weights[site], wire_dtype=wire_dtype
+        )
         return out
 
     def away_s(self) -> float:
@@ -157,8 +169,20 @@ class AttentionTier:
         trace.computed(TIER2, name, inputs, pending)
 
     def fetch(self, pending: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """What `attend` began, as arrays on this tier's device; JAX waits for them where they are used."""
-        return pending
+        """What `attend` began, on tier 1; JAX waits for it where it is used."""
+        return pending if self._tier1 is None else tuple(land(array, self._tier1) for array in pending)
+
+
+def _jit(kernel: SiteKernel) -> Any:
+    """`kernel.attend` of rows as the site has them or, with a `wire_dtype`, as they travel."""
+
+    def attend(pool: Any, inputs: Any, layout: AttentionLayout, weights: Any, wire_dtype: str | None) -> Any:
+        if wire_dtype == "int8":
+            inputs = [from_wire(rows, wire_dtype, jnp.float32) for rows in inputs]
+        pool, out = kernel.attend(pool, inputs, layout, weights)
+        return pool, out if wire_dtype is None else to_wire(out, wire_dtype)
+
+    return jax.jit(attend, donate_argnums=0, static_argnames="wire_dtype")
 
 
 class _KernelChoice:

@@ -242,6 +242,7 @@ def _worker(values: dict[str, Any]) -> int:
     options = {name: values[name] for name in ("listen", "allow_exported_sites", "tls_cert", "tls_key")}
     server = make_server(kv_cache_bytes=kv_cache_bytes, secret=secret, **options)
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not for tier 2
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # each call is waited for: no handoff between threads
     print("listening on {}:{}".format(*server.address), flush=True)
     signal.signal(signal.SIGTERM, lambda *_: server.drain("SIGTERM"))
     server.serve_forever()

@@ -40,10 +40,10 @@ def place(config: EngineConfig) -> Placement:
     return Placement(tier1=tier1, tier2=tier2)
 
 
-def start_copy(arrays: tuple[jax.Array, ...], device: Any) -> None:
-    """Begin to bring arrays of an accelerator to the host; returns at once."""
-    for array in arrays:
-        if device.platform == "cpu" and _device_of(array).platform != "cpu":
+def start_copy(arrays: tuple[jax.Array, ...], source: Any, target: Any) -> None:
+    """Begin to bring arrays of an accelerator to the host, if that is their way; returns at once."""
+    if _leaves_accelerator(source, target):
+        for array in arrays:
             array.copy_to_host_async()
 
 
@@ -52,14 +52,16 @@ def are_ready(arrays: Iterable[Any]) -> bool:
     return all(array.is_ready() for array in arrays)
 
 
-def land(array: jax.Array, device: Any) -> jax.Array:
-    """The array on `device`; waits only for a copy from an accelerator to the host."""
+def land(array: Any, device: Any) -> jax.Array:
+    """A jax.Array on `device`; waits only for a copy from an accelerator to the host."""
     source = _device_of(array)
     if source == device:
         return array
-    if device.platform == "cpu" and source.platform != "cpu":
-        return jax.device_put(np.asarray(array), device)
-    return jax.device_put(array, device)
+    return jax.device_put(np.asarray(array) if _leaves_accelerator(source, device) else array, device)
+
+
+def _leaves_accelerator(source: Any, target: Any) -> bool:
+    return target.platform == "cpu" and source.platform != "cpu"
 
 
 def _device_of(array: jax.Array) -> Any:

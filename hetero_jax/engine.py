@@ -75,7 +75,8 @@ class Engine:
         params, self.plan = plan.forward.params, plan.of_shapes()  # of stacked weights only slices are needed from here
         self.max_model_len = self.config.max_model_len or plan.max_rows
         dtype = jnp.dtype(self.config.kv_cache_dtype or _float_dtype(params))
-        self._dense = DenseTier(self.plan, params, device=placement.tier1)
+        wire_dtype = self.config.wire_dtype if self.config.has_workers else None
+        self._dense = DenseTier(self.plan, params, device=placement.tier1, wire_dtype=wire_dtype)
         self._attention, self._fleet = make_tier2(
             self.config, self.plan, params, placement, dtype=dtype, max_model_len=self.max_model_len
         )
@@ -254,12 +255,18 @@ class Engine:
                 assert self._fleet is not None, "a pool that stays can always go on"
                 self._fleet.wait(self._scheduler)
                 continue
-            batch_id = choose({batch_id: walk.wait for batch_id, walk in in_flight.items()}, self.config.order)
-            is_done = in_flight[batch_id].step()
+            batch_id = self._step_until_one_ends(in_flight)
             self._follow_workers()  # what comes back from one that was lost on the way counts for nothing
-            found = self._complete(batch_id, in_flight.pop(batch_id)) if is_done else []
+            found = self._complete(batch_id, in_flight.pop(batch_id))
             self._add(total_s=time.perf_counter() - start_s)
             yield from found
+
+    def _step_until_one_ends(self, in_flight: dict[int, Walk]) -> int:
+        while True:
+            batch_id = choose({batch_id: walk.wait for batch_id, walk in in_flight.items()}, self.config.order)
+            in_flight[batch_id] = walk = in_flight.pop(batch_id)  # now the most recently stepped
+            if walk.step():
+                return batch_id
 
     def _follow_workers(self) -> None:
         if self._fleet is not None:

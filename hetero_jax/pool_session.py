@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,12 +59,22 @@ class PlacedRows(ABC):
 
     def take(self, array: np.ndarray) -> np.ndarray:
         """[num_rows, ...] of an array [R, ...]; a view where the rows stand together."""
+        if self.is_whole(len(array)):
+            return array
         first, count = int(self.rows[0]), len(self.rows)
-        if first + self.num_rows <= len(array) and (np.diff(self.rows) == 1).all():
+        if first + self.num_rows <= len(array) and self._are_together:
             return array[first : first + self.num_rows]
         taken = np.zeros((self.num_rows, *array.shape[1:]), array.dtype)
         taken[:count] = array[self.rows]
         return taken
+
+    def is_whole(self, num_rows: int) -> bool:
+        """The pool's call is that of `num_rows` rows, padding included."""
+        return self.num_rows == num_rows and self._are_together and self.rows[0] == 0
+
+    @functools.cached_property
+    def _are_together(self) -> bool:
+        return bool((np.diff(self.rows) == 1).all())
 
     @abstractmethod
     def attend(self, site: int, inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]) -> PendingCall:

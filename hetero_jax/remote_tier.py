@@ -16,16 +16,9 @@ from hetero_jax.joined_rows import JoinedRows
 from hetero_jax.pool_session import PendingCall, PlacedRows
 from hetero_jax.rows import select
 from hetero_jax.tracing import Trace
-from hetero_jax.wire import from_wire, to_wire, wired_shape
+from hetero_jax.wire import on_host, wired_shape
 from hetero_jax.worker_fleet import WorkerFleet
 from partition import PlannedSite, Port
-
-
-class Leaving(NamedTuple):
-    """Rows that are about to travel, and the dtype that they had before."""
-
-    wired: jax.Array
-    dtype: Any
 
 
 class _Joined(NamedTuple):
@@ -36,13 +29,13 @@ class _Joined(NamedTuple):
 
 
 class PendingRows:
-    """The answer of a call that is on its way. dtype: that the query's rows had before it."""
+    """The answer of a call that is on its way."""
 
     def __init__(
-        self, site: int, parts: Sequence[tuple[np.ndarray, PendingCall]], shape: tuple[int, ...], wired: Any, dtype: Any
+        self, site: int, parts: Sequence[tuple[PlacedRows, PendingCall]], shape: tuple[int, ...], wired: Any
     ) -> None:
-        """parts: rows of each pool's call, and that; shape: [R, ...] of dtype `wired`."""
-        self.site, self.dtype = site, dtype
+        """parts: each pool's rows, and its call; shape: [R, ...] of dtype `wired`."""
+        self.site = site
         self._parts, self._shape, self._wired = parts, shape, wired
 
     def is_ready(self) -> bool:
@@ -61,10 +54,13 @@ class PendingRows:
         Raises:
           WorkerError: a worker failed without being lost.
         """
+        answers = [(placed, call.rows()) for placed, call in self._parts]
+        if len(answers) == 1 and answers[0][1] is not None and answers[0][0].is_whole(self._shape[0]):
+            return answers[0][1]
         out = np.zeros(self._shape, self._wired)  # rows of no sequence are 0
-        for rows, call in self._parts:
-            if (found := call.rows()) is not None:
-                out[rows] = found[: len(rows)]
+        for placed, found in answers:
+            if found is not None:
+                out[placed.rows] = found[: len(placed.rows)]
         return out
 
     def block_until_ready(self) -> PendingRows:
@@ -74,7 +70,7 @@ class PendingRows:
 
 
 class RemoteTier:
-    """Serves `attend` by workers; rows travel in `wire_dtype`, converted on tier 1.
+    """Serves `attend` by workers; rows travel in `wire_dtype`, which the stages convert to and from.
 
     A sequence's pages are in one pool. A call's rows go to all pools at once and come together in their order.
     Those of a pool that is lost on the way are 0: no other row depends on them, and the fleet tells of the loss.
@@ -83,7 +79,7 @@ class RemoteTier:
       sites: of the plan.
       fleet: the workers.
       wire_dtype: one of WIRE_DTYPES.
-      tier1: where rows are before they leave and when they are back.
+      tier1: where rows are before they leave.
     """
 
     def __init__(self, sites: Sequence[PlannedSite], fleet: WorkerFleet, *, wire_dtype: str, tier1: Any) -> None:
@@ -121,33 +117,29 @@ class RemoteTier:
             if pool in pools
         ]
 
-    def begin(self, arrays: tuple[jax.Array, ...]) -> list[Leaving]:
-        """Convert what travels, and start to bring it to the host."""
-        wired = to_wire(arrays, self._wire_dtype)
-        start_copy(wired, self._host)
-        return [Leaving(wired=array, dtype=row.dtype) for array, row in zip(wired, arrays, strict=True)]
+    def begin(self, arrays: tuple[jax.Array, ...]) -> None:
+        """Start to bring what travels to the host."""
+        start_copy(arrays, self._tier1, self._host)
 
-    def attend(self, site: int, layouts: Sequence[PlacedRows], inputs: Sequence[Leaving]) -> PendingRows:
+    def attend(self, site: int, layouts: Sequence[PlacedRows], inputs: Sequence[jax.Array]) -> PendingRows:
         """Send the rows of q, k and v, of q alone where the site shares a pool, or all as one where it has no kernel.
 
         `fetch` waits for the answers.
         """
-        arrays = [np.asarray(each.wired) for each in inputs]
+        arrays = on_host(inputs)
         spec = self._sites[site].spec
         if spec is None:
             arrays, shape = [self._joined[site].sent.join(arrays)], (self._joined[site].answered.num_bytes,)
         else:
             shape = wired_shape((spec.num_heads, spec.v_head_dim), self._wire_dtype)
-        calls = [
-            (placed.rows, placed.attend(site, [placed.take(array) for array in arrays], shape)) for placed in layouts
-        ]
-        return PendingRows(site, calls, (len(arrays[0]), *shape), arrays[0].dtype, inputs[0].dtype)
+        calls = [(placed, placed.attend(site, [placed.take(array) for array in arrays], shape)) for placed in layouts]
+        return PendingRows(site, calls, (len(arrays[0]), *shape), arrays[0].dtype)
 
     def is_ready(self, pending: PendingRows) -> bool:
         """Whether the answers are there."""
         return pending.is_ready()
 
-    def record(self, trace: Trace, name: str, inputs: Sequence[Leaving], pending: PendingRows) -> None:
+    def record(self, trace: Trace, name: str, inputs: Sequence[jax.Array], pending: PendingRows) -> None:
         """Trace what `attend` began, once it is back."""
         pending.record(trace, name)
 
@@ -156,19 +148,13 @@ class RemoteTier:
         times = [session.times for session in self._fleet.sessions.values()]
         return max((each.wire_s + each.tier2_s for each in times), default=0.0)
 
-    def fetch(self, pending: PendingRows) -> tuple[jax.Array, ...]:
-        """[R, *inner] of each of the site's outputs on tier 1, those of a kernel in the dtype that q had there."""
+    def fetch(self, pending: PendingRows) -> Sequence[np.ndarray]:
+        """[R, *inner] of each of the site's outputs, as they travelled."""
         begin_s = time.monotonic()
         rows = pending.rows
         self.waited_s += time.monotonic() - begin_s
-        site = self._sites[pending.site]
-        if site.spec is not None:
-            return from_wire([jax.device_put(rows, self._tier1)], pending.dtype)
-        arrays = self._joined[pending.site].answered.split(rows)
-        return tuple(
-            jax.device_put(array, self._tier1).astype(port.value.dtype)
-            for array, port in zip(arrays, site.outputs, strict=True)
-        )
+        joined = self._joined.get(pending.site)
+        return [rows] if joined is None else joined.answered.split(rows)
 
     def _rows(self, ports: Sequence[Port]) -> JoinedRows:
         return JoinedRows.of([(port.layout.inner, port.value.dtype) for port in ports], self._wire_dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetero_jax.attention_layout import NOWHERE, TILE_ROWS, AttentionLayout, slots_of
+from hetero_jax.attention_layout import NOWHERE, TILE_ROWS, AttentionLayout
 from hetero_jax.scheduler_types import Batch, Chunk
 
 # XLA CPU multiplies a single row by another routine, with other bits; from 2 rows on a row's bits do not depend on
@@ -47,40 +47,40 @@ def pack(batch: Batch, known_tokens: Callable[[int, int, int], Sequence[int]], *
       known_tokens: (seq_id, start, length) -> the sequence's tokens there.
     """
     chunks = batch.chunks
-    rows = bucket(batch.num_rows, _SMALLEST_BUCKET)
-    tokens = np.zeros(rows, np.int32)
-    positions = np.zeros(rows, np.int32)
-    slots = np.full(rows, NOWHERE, np.int32)
-    starts = np.cumsum([0, *(chunk.length for chunk in chunks)])
-    for chunk, first in zip(chunks, starts, strict=False):
-        span = slice(first, first + chunk.length)
-        tokens[span] = known_tokens(chunk.seq_id, chunk.start, chunk.length)
-        positions[span] = np.arange(chunk.start, chunk.start + chunk.length)
-        slots[span] = slots_of(np.asarray(chunk.pages), chunk.start, chunk.length, page_size)
+    lengths, begins = np.array([(chunk.length, chunk.start) for chunk in chunks], np.int32).T
+    firsts = np.cumsum(lengths, dtype=np.int32) - lengths
+    tokens = [token for chunk in chunks for token in known_tokens(chunk.seq_id, chunk.start, chunk.length)]
+    positions = np.arange(len(tokens), dtype=np.int32) + np.repeat(begins - firsts, lengths)
     samplers = [index for index, chunk in enumerate(chunks) if chunk.samples]
-    sampled = np.zeros(bucket(len(samplers), _SMALLEST_BUCKET), np.int32)
-    sampled[: len(samplers)] = [starts[index + 1] - 1 for index in samplers]
+    rows = bucket(len(tokens), _SMALLEST_BUCKET)
     return PackedRows(
-        tokens=tokens,
-        positions=positions,
-        layout=_layout(chunks, starts, slots),
-        sampled=sampled,
+        tokens=_filled(tokens, rows, 0),
+        positions=_filled(positions, rows, 0),
+        layout=_layout(chunks, firsts, lengths, positions, page_size),
+        sampled=_filled((firsts + lengths - 1)[samplers], bucket(len(samplers), _SMALLEST_BUCKET), 0),
         samplers=tuple(chunks[index].seq_id for index in samplers),
         pools=tuple(chunk.pool for chunk in chunks),
         num_rows=batch.num_rows,
     )
 
 
-def _layout(chunks: Sequence[Chunk], starts: np.ndarray, slots: np.ndarray) -> AttentionLayout:
+def _layout(
+    chunks: Sequence[Chunk], firsts: np.ndarray, lengths: np.ndarray, positions: np.ndarray, page_size: int
+) -> AttentionLayout:
     # One more than needed, so that the last sequence is padding for `decode` and the tiles to point at.
     count = bucket(len(chunks) + 1, 8)
     page_table = np.zeros((count, bucket(max(len(chunk.pages) for chunk in chunks), 4)), np.int32)
-    first_row, num_rows, context = (np.zeros(count, np.int32) for _ in range(3))
     for index, chunk in enumerate(chunks):
         page_table[index, : len(chunk.pages)] = chunk.pages
-        first_row[index], num_rows[index] = starts[index], chunk.length
-        context[index] = chunk.start + chunk.length
-    return _with_tiles(page_table, first_row, num_rows, context, slots)
+    pages = page_table[np.repeat(np.arange(len(chunks)), lengths), positions // page_size]
+    slots = pages * page_size + positions % page_size
+    return _with_tiles(
+        page_table,
+        _filled(firsts, count, 0),
+        _filled(lengths, count, 0),
+        _filled(positions[firsts + lengths - 1] + 1, count, 0),
+        _filled(slots, bucket(len(slots), _SMALLEST_BUCKET), NOWHERE),
+    )
 
 
 def select(layout: AttentionLayout, chosen: np.ndarray) -> tuple[np.ndarray, AttentionLayout]:
@@ -93,21 +93,23 @@ def select(layout: AttentionLayout, chosen: np.ndarray) -> tuple[np.ndarray, Att
     """
     count = bucket(len(chosen) + 1, 8)
     page_table = np.zeros((count, layout.page_table.shape[1]), np.int32)
-    first_row, num_rows, context = (np.zeros(count, np.int32) for _ in range(3))
-    here = slice(0, len(chosen))
-    page_table[here] = layout.page_table[chosen]
-    num_rows[here], context[here] = layout.num_rows[chosen], layout.context[chosen]
-    first_row[here] = np.cumsum(num_rows[here]) - num_rows[here]
-    rows = np.concatenate([np.arange(0), *(layout.first_row[i] + np.arange(layout.num_rows[i]) for i in chosen)])
-    slots = np.full(bucket(len(rows), _SMALLEST_BUCKET), NOWHERE, np.int32)
-    slots[: len(rows)] = layout.row_slot[rows]
-    return rows, _with_tiles(page_table, first_row, num_rows, context, slots)
+    page_table[: len(chosen)] = layout.page_table[chosen]
+    lengths = layout.num_rows[chosen]
+    firsts = np.cumsum(lengths, dtype=np.int32) - lengths
+    rows = np.arange(lengths.sum()) + np.repeat(layout.first_row[chosen] - firsts, lengths)
+    return rows, _with_tiles(
+        page_table,
+        _filled(firsts, count, 0),
+        _filled(lengths, count, 0),
+        _filled(layout.context[chosen], count, 0),
+        _filled(layout.row_slot[rows], bucket(len(rows), _SMALLEST_BUCKET), NOWHERE),
+    )
 
 
 def _with_tiles(
     page_table: np.ndarray, first_row: np.ndarray, num_rows: np.ndarray, context: np.ndarray, slots: np.ndarray
 ) -> AttentionLayout:
-    several = np.flatnonzero(num_rows > 1).tolist()
+    several, decode = np.flatnonzero(num_rows > 1).tolist(), np.flatnonzero(num_rows == 1)
     tiles = [(index, offset) for index in several for offset in range(0, num_rows[index], TILE_ROWS)]
     return AttentionLayout(
         page_table=page_table,
@@ -115,13 +117,14 @@ def _with_tiles(
         num_rows=num_rows,
         context=context,
         row_slot=slots,
-        decode=_padded(np.flatnonzero(num_rows == 1), len(num_rows) - 1),
-        tile_sequence=_padded([index for index, _ in tiles], len(num_rows) - 1),
-        tile_offset=_padded([offset for _, offset in tiles], 0),
+        decode=_filled(decode, bucket(len(decode)), len(num_rows) - 1),
+        tile_sequence=_filled([index for index, _ in tiles], bucket(len(tiles)), len(num_rows) - 1),
+        tile_offset=_filled([offset for _, offset in tiles], bucket(len(tiles)), 0),
     )
 
 
-def _padded(values: Sequence[int] | np.ndarray, filler: int) -> np.ndarray:
-    found = np.full(bucket(len(values)), filler, np.int32)
+def _filled(values: Sequence[int] | np.ndarray, size: int, filler: int) -> np.ndarray:
+    """[size] int32: these, and then `filler`."""
+    found = np.full(size, filler, np.int32)
     found[: len(values)] = values
     return found

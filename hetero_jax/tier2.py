@@ -43,7 +43,7 @@ def make_tier2(
     if config.has_workers:
         fleet = _make_fleet(config, plan, weights, dtype=dtype, max_model_len=max_model_len)
         return RemoteTier(plan.sites, fleet, wire_dtype=config.wire_dtype, tier1=placement.tier1), fleet
-    shape = {"page_size": config.page_size, "dtype": dtype, "device": placement.tier2}
+    shape = {"page_size": config.page_size, "dtype": dtype, "device": placement.tier2, "tier1": placement.tier1}
     return AttentionTier(plan.sites, weights, kv_cache_bytes=config.kv_cache_bytes, **shape), None
 
 

@@ -73,7 +73,8 @@ class Trace:
         """JAX computes these arrays of those, in this lane, from now or from when the inputs are there."""
         if lane not in self._lanes:
             self._lanes[lane] = _Lane(lane, self._slices)
-        self._lanes[lane].put(name, inputs, outputs)
+        awaited = [array for array in jax.tree.leaves(inputs) if isinstance(array, jax.Array)]  # NumPy's are there
+        self._lanes[lane].put(name, awaited, outputs)
 
     def called(self, address: str, call: WorkerCall) -> None:
         """A worker has answered."""
@@ -165,7 +166,7 @@ class _Lane:
         while True:
             name, inputs, outputs, dispatched_s = self._dispatched.get()
             begin_s = max(dispatched_s, last_s)
-            if not are_ready(jax.tree.leaves(inputs)):
+            if not are_ready(inputs):
                 jax.block_until_ready(inputs)
                 begin_s = time.monotonic()
             jax.block_until_ready(outputs)

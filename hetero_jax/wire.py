@@ -1,16 +1,19 @@
 """Rows as they travel between engine and worker: in bfloat16, float32, or int8 with a scale for each row and head.
 
-What is counted or flagged (ids, padding), as sites without a kernel may take it, travels as it is.
+What is counted or flagged (ids, padding), as sites without a kernel may take it, travels as it is. Both ends convert
+within the executables that make and take the rows, so that a call of its own, which costs more than the conversion, is
+not needed. From there to NumPy bfloat16 goes as its bits: of other types than Python's own, JAX gives no view.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from hetero_jax.errors import ConfigError
 
@@ -19,25 +22,29 @@ _SCALE_BYTES = 4
 _MOST = 127
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
 def to_wire(rows: Sequence[jax.Array], dtype: str) -> tuple[jax.Array, ...]:
-    """Arrays as they travel: [R, heads, dim] of floats; for a float `dtype` [R, ...] of anything.
+    """What `on_host` makes the arrays of that travel: of [R, heads, dim] floats; for a float `dtype` [R, ...] anything.
 
     Returns:
-      [R, heads, dim] bfloat16 or float32; or [R, heads, dim + 4] int8: numbers in [-127, 127] and then the four bytes
-      of a float32, a 127th of the head's largest magnitude, which they are to be multiplied by.
+      [R, heads, dim] float32, or the bits of bfloat16 as uint16; or [R, heads, dim + 4] int8: numbers in [-127, 127]
+      and then the four bytes of a float32, a 127th of the head's largest magnitude, which they are to be multiplied by.
     """
     return tuple(_wired(array, dtype) for array in rows)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def from_wire(rows: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
-    """The arrays [R, heads, dim] in `dtype` that `to_wire` made these of.
+def on_host(wired: Iterable[jax.Array]) -> list[np.ndarray]:
+    """What travels, of what `to_wire` gave; waits for it."""
+    arrays = [np.asarray(array) for array in wired]
+    return [array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array for array in arrays]
+
+
+def from_wire(wired: jax.Array, wire_dtype: str, dtype: Any) -> jax.Array:
+    """The array [R, ...] in `dtype` that this one was made of, which has travelled.
 
     Raises:
       ConfigError: int8 without room for a scale.
     """
-    return tuple((_restored(array) if array.dtype == jnp.int8 else array).astype(dtype) for array in rows)
+    return (_restored(wired) if wire_dtype == "int8" else wired).astype(dtype)
 
 
 def wired_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
@@ -48,7 +55,10 @@ def wired_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
 def _wired(rows: jax.Array, dtype: str) -> jax.Array:
     if not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows
-    return _quantised(rows) if dtype == "int8" else rows.astype(dtype)
+    if dtype == "int8":
+        return _quantised(rows)
+    found = rows.astype(dtype)
+    return jax.lax.bitcast_convert_type(found, jnp.uint16) if dtype == "bfloat16" else found
 
 
 def _quantised(rows: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from hetero_jax.described_site import DescribedSite, read_descriptions
 from hetero_jax.endpoint import split_address, worker_tls
 from hetero_jax.errors import ConfigError
 from hetero_jax.exported_site import ExportedSite
-from hetero_jax.wire import from_wire, to_wire
+from hetero_jax.wire import on_host
 from transport import (
     MAX_PAGES_BYTES,
     Attend,
@@ -75,10 +75,7 @@ class TierHandler(Handler):
         sent = [array for array in (attend.q, attend.k, attend.v) if array is not None]
         arrays, dtype = site.unpack(sent, shares_pool=self._tier.shares_pool[attend.site])
         began_ns = time.monotonic_ns()
-        wired = [jax.device_put(array, self._tier.device) for array in arrays]
-        rows = from_wire(wired, "float32") if dtype == "int8" else wired
-        outputs = to_wire(self._tier.attend(attend.site, self._layouts[attend.layout], rows), dtype)
-        out = site.pack([np.asarray(output) for output in outputs])
+        out = site.pack(on_host(self._tier.attend(attend.site, self._layouts[attend.layout], arrays, dtype)))
         return Result(request_id=attend.request_id, out=out, began_ns=began_ns, ended_ns=time.monotonic_ns())
 
     def release(self, release: Release) -> None:

@@ -7,7 +7,7 @@
     tag      32 bytes where the connection is authenticated: HMAC-SHA256 of everything above
 
 A body may be larger than memory allows to believe a mere claim: no more than four times what has arrived is allocated.
-Small frames come whole in one read; of large ones all but the first 4 KiB is received where it stays.
+Small frames come whole in one read; of large ones all but the first 16 KiB is received where it stays.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAGIC = b"HJXF"
 _START = struct.Struct("<4sI")  # magic and CRC
 _REST = struct.Struct("<BBHIQQ")  # of the prefix
 _PREFIX = struct.Struct("<4sIBBHIQQ")
-_READ_BYTES = 4096
+_READ_BYTES = 1 << 14
 _FIRST_BODY_BYTES = 1 << 19
 _GROWTH = 2  # with the smaller ones, which the pool keeps: four times what has arrived
 

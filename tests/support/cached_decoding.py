@@ -53,7 +53,7 @@ class CachedDecoder:
             page_size=PAGE_SIZE,
         )
         dense, values = self.tiers.dense, {}
-        tokens, positions = dense.place(rows.tokens), dense.place(rows.positions)
+        tokens, positions = dense.place(rows.tokens, rows.positions)
         for _ in run_stages(self.tiers, rows, tokens, positions, values):
             pass
         reads = [values[value] for value in self.tiers.plan.stages[-1].reads]
