@@ -120,17 +120,22 @@ def _processor_times() -> Iterator[_ProcessorTimes]:
     found, ended = _ProcessorTimes(), threading.Event()
 
     def look() -> None:
-        while not ended.wait(_TICK_S):
-            python = [_thread_s(each.ident) for each in threading.enumerate() if each.ident]  # the main thread first
-            found.append(_Times(time.monotonic(), python[0], time.process_time() - sum(python)))
+        python = [_thread_s(each.ident) for each in threading.enumerate() if each.ident]  # the main thread first
+        found.append(_Times(time.monotonic(), python[0], time.process_time() - sum(python)))
 
-    watcher = threading.Thread(target=look, daemon=True)
+    def watch() -> None:
+        while not ended.wait(_TICK_S):
+            look()
+
+    look()
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield found
     finally:
         ended.set()
         watcher.join()
+        look()
 
 
 def _thread_s(ident: int) -> float:
