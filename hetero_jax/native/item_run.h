@@ -209,6 +209,15 @@ class ItemRun {
     if (item.folds) __builtin_memset(state.values, 0, vectors * c.v_pad * 4);
   }
 
+  // Calls f(Size, first vector, first block, end). All vectors pass over a chunk of so many blocks before the next one is
+  // read: it stays near, and memory is read in order. Where arithmetic binds a tile is one chunk.
+  template <class F>
+  __attribute__((always_inline)) static void in_chunks(const Parts<T>& parts, int begin, int end, int blocks, F&& f) {
+    if (parts.count > kFetchingParts) blocks = kTileBlocks;
+    for (int b = begin; b < end; b += blocks)
+      parts.each([&](auto size, int m) { f(size, m, b, b + blocks < end ? b + blocks : end); });
+  }
+
   // Vectors [m0, m0 + count) of a head over one tile.
   void pass_over(int t, const Tile& tile, const HeadTile& in, int head, int m0, int count) {
     const HeadState<T>& state = states[head - item.head_begin];
@@ -223,28 +232,21 @@ class ItemRun {
     if (c.window)
       while (begin < end && tile.start[begin] + tile.tokens[begin] <= lowest - c.window + 1) ++begin;
     if (begin == end) return;
-    // All vectors pass over a chunk before the next one is read: it stays near, and memory is read in order.
     const Parts<T> parts(count);
-    for (int b = begin, next; b < end; b = next) {
-      next = b + kKeyChunk < end ? b + kKeyChunk : end;
-      Parts<T>::each(parts, [&](auto size, int m) {
-        constexpr int MR = decltype(size)::value;
-        scores_of<T, MR, key_blocks_of(MR)>(c, in, b, next, state.q + (m0 + m) * query_length<T>(c), scores + m * kTile,
-                                            &ahead, parts.count);
-      });
-    }
+    in_chunks(parts, begin, end, kKeyChunk, [&](auto size, int m, int from, int to) {
+      constexpr int MR = decltype(size)::value;
+      scores_of<T, MR, key_blocks_of(MR)>(c, in, from, to, state.q + (m0 + m) * query_length<T>(c), scores + m * kTile,
+                                          &ahead, parts.count);
+    });
     TileSums sums;
     softmax<T>(c, tile, in, begin, end, state.vector + m0, count, scores, weights, &sums, &ahead);
     constexpr int kWeights = kTile * T::kPerQuery / T::kPerWord;  // of one vector
     const int chunk = T::kFixedPoint ? kTileBlocks : (int)max_of(1, kValueChunkBytes / c.v_block_bytes);
-    for (int b = begin, next; b < end; b = next) {
-      next = b + chunk < end ? b + chunk : end;
-      Parts<T>::each(parts, [&](auto size, int m) {
-        constexpr int MR = decltype(size)::value;
-        values_of<T, MR, columns_of(MR) / T::kAccRegisters>(c, in, b, next, 0, weights + m * kWeights, sums.unit + m,
-                                                            tile_values + m * c.v_pad, b > begin, &ahead, parts.count);
-      });
-    }
+    in_chunks(parts, begin, end, chunk, [&](auto size, int m, int from, int to) {
+      constexpr int MR = decltype(size)::value;
+      values_of<T, MR, columns_of(MR) / T::kAccRegisters>(c, in, from, to, 0, weights + m * kWeights, sums.unit + m,
+                                                          tile_values + m * c.v_pad, from > begin, &ahead, parts.count);
+    });
     if (!item.folds) {
       for (int m = 0; m < count; ++m) {
         const QueryRow& row = item.rows[(m0 + m) / c.group];

@@ -219,9 +219,9 @@ class Parts {
   explicit Parts(int vectors) : count((vectors + kMost - 1) / kMost), least_(vectors / count), more_(vectors % count) {}
   // Calls f(Size, first vector) for each.
   template <class F>
-  HJ_INLINE void each(const Parts& parts, F&& f) {
-    for (int part = 0, begin = 0; part < parts.count; ++part) {
-      const int size = parts.least_ + (part < parts.more_);
+  __attribute__((always_inline)) void each(F&& f) const {
+    for (int part = 0, begin = 0; part < count; ++part) {
+      const int size = least_ + (part < more_);
       with_size<kMost>(size, [&](auto fixed) { f(fixed, begin); });
       begin += size;
     }
