@@ -106,15 +106,23 @@ class Pools:
         """Moves one of these sequences, which are not in flight, where it pays; None where it does not."""
         staying = [pool for pool in self._pools.values() if not pool.draining]
         slowest = max(staying, key=self._time_s, default=None)
-        if slowest is None or min(map(self._time_s, staying)) > (1 - _MARGIN) * self._time_s(slowest):
-            return None
         movable = [seq for seq in idle if seq.pool is slowest and _may_move(seq)]
-        for seq in sorted(movable, key=lambda seq: (-seq.tokens_left, seq.arrival)):
+        if slowest is None or not movable:
+            return None
+        targets = self._targets(slowest, staying, min(seq.reads for seq in movable))
+        for seq in sorted(movable, key=lambda seq: (-seq.tokens_left, seq.arrival)) if targets else ():
             most = self._config.most_pages(seq.max_known - 1)
-            target = self._best(self._alike(seq), seq, lambda pool, most=most: most)
+            large = (pool for pool in targets if pool.pages.num_pages >= most)
+            target = self._best(large, seq, lambda pool, most=most: most)
             if target is not None and self._pays(seq, target):
                 return seq.move(target)
         return None
+
+    def _targets(self, slowest: Pool, pools: Iterable[Pool], least: int) -> list[Pool]:
+        """Those that take pages of the slowest pool, and would be faster by the margin with so many positions more."""
+        limit_s = (1 - _MARGIN) * self._time_s(slowest)
+        alike = [pool for pool in pools if slowest.page_format and pool.page_format == slowest.page_format]
+        return [pool for pool in alike if self._time_s(pool, least) <= limit_s]
 
     def _homes(self, seq: ScheduledSequence) -> list[Pool]:
         most = self._config.most_pages(seq.max_known - 1)
@@ -152,5 +160,6 @@ class Pools:
 
 
 def _may_move(seq: ScheduledSequence) -> bool:
-    """Rule 4."""
-    return seq.moved_at is None or seq.known - seq.moved_at >= _COPY_COST
+    """Rule 4; and what can never pay is not looked at."""
+    has_stayed = seq.moved_at is None or seq.known - seq.moved_at >= _COPY_COST
+    return has_stayed and seq.tokens_left >= _COPY_COST

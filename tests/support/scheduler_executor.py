@@ -120,7 +120,8 @@ class Executor:
             seq.in_flight = True
             seen, ours = self._first_seen(chunk), self.tables.get(chunk.seq_id, ())
             whole, rest = divmod(chunk.start, self.config.page_size)
-            is_new = chunk.start != seq.computed or chunk.pages[seen:whole] != ours[seen:whole] or chunk.start == 0
+            goes_on = chunk.start == seq.computed > 0 and chunk.pages[seen:whole] == ours[seen:whole]
+            is_new = not goes_on or chunk.pool != self.homes[chunk.seq_id]  # one worker has the whole sequence
             if is_new:  # a residency begins with a page, behind what others have computed
                 assert rest == 0 and whole * self.config.page_size < len(seq.prompt) + seq.generated
                 assert chunk.start == 0 or (self.families and chunk.start <= len(seq.prompt))
@@ -135,7 +136,6 @@ class Executor:
             table = self.tables.get(chunk.seq_id, ())
             assert all(0 <= page < self.pools[chunk.pool] for page in chunk.pages)
             if not is_new:
-                assert chunk.pool == self.homes[chunk.seq_id]  # one worker has the whole sequence
                 assert chunk.pages[seen : len(table)] == table[seen:]  # what is written stays where it is
             self._check_pages(chunk)
             assert len(chunk.pages) - seen <= self.config.most_pages(chunk.start + chunk.length)
