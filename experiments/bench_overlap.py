@@ -36,15 +36,15 @@ _POINTS = flags.DEFINE_list(
     [
         *("256x32x64", "256x32x256", "256x32x1024"),
         *("512x64x128", "512x64x384", "512x64x1024"),
-        *("1024x64x128", "1024x64x640"),
+        *("1024x64x128", "1024x64x512"),
     ],
     "WIDTHxSEQUENCESxCONTEXT of each model and its decode steps, for balance.",
 )
 _LATENCIES = flags.DEFINE_list("latencies_ms", ["0", "2", "5", "10", "20", "50", "100"], "One way.")
-_DEPTHS = flags.DEFINE_list("microbatches", ["1", "2", "3"], "In flight, for balance.")
+_DEPTHS = flags.DEFINE_list("microbatches", ["1", "2"], "In flight, for balance.")
 _ROWS = flags.DEFINE_integer("rows", 16, "Sequences of a microbatch, for latency.", lower_bound=1)
 _TOKENS = flags.DEFINE_integer(
-    "tokens", 48, "Of each sequence at width 1024, for balance; as many more as the model is narrower.", lower_bound=1
+    "tokens", 48, "Steps of decoding at width 1024, for balance; as many more as the model is narrower.", lower_bound=1
 )
 _SECONDS = flags.DEFINE_float(
     "seconds", 4.0, "Of each point, for latency; the second half of what ends counts.", lower_bound=0.5
@@ -54,6 +54,7 @@ _CORES = flags.DEFINE_list("cores", ["0", "1"], "Of the engine, and of the worke
 
 _LAYERS = 4
 _TICK_S = 0.02
+_BUDGET = 512  # rows of a microbatch
 
 
 def main(argv: list[str]) -> None:
@@ -77,18 +78,26 @@ def main(argv: list[str]) -> None:
 
 def _balance(address: str, width: int, count: int, context: int, microbatches: int) -> list[str]:
     """Milliseconds of a decode step, of the tiers and of Python in it, and ratios."""
-    tokens = max(_TOKENS.value * 1024 // width, 4)
+    steps = _TOKENS.value * 1024 // width
+    # The first sequence decodes for so many steps before the last one does.
+    ahead = 1 + math.ceil(count * context / (_BUDGET - count) / microbatches)
+    tokens = ahead + steps
     engine = _engine(
-        address, width, num_microbatches=microbatches, max_num_seqs=count, max_model_len=context + tokens + 1
+        address,
+        width,
+        num_microbatches=microbatches,
+        max_num_batched_tokens=_BUDGET,
+        max_num_seqs=count,
+        max_model_len=context + tokens + 1,
     )
     chance = np.random.default_rng(0)
     prompts = [chance.integers(0, VOCAB, context).tolist() for _ in range(count)]
     engine.trace = trace = hj.Trace()
     with _processor_times() as times:
         list(engine.generate(prompts, hj.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)))
-    # From where all decode, and all is compiled, to where the first have ended.
+    # While all decode, without the first of these steps, which compile.
     counted = [(at_s, value) for name, at_s, value in trace.counts if name == "tokens"]
-    inner = [each for each in counted if 0.4 * count * tokens <= each[1] <= 0.9 * count * tokens]
+    inner = [each for each in counted if 0.3 <= (each[1] / count - ahead / 2) / steps <= 0.9]
     (begin_s, first), (end_s, last) = inner[0], inner[-1]
     step_ms = 1e3 * (end_s - begin_s) * count / (last - first)
     parts = [times.share("xla", begin_s, end_s), trace.busy_s(f"worker {address}", begin_s, end_s) / (end_s - begin_s)]

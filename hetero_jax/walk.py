@@ -67,10 +67,10 @@ def choose(waits: Mapping[int, Wait], order: str) -> int:
     waits for tier 1: what is computed there comes soon, and tier 2 lacks work until it is sent. Else, and of several,
     the one that has waited longest: calls are served in their order.
     """
-    first = sorted(waits, key=lambda number: (-waits[number].stage if order == "deepest" else 0, number))
-    for number in first:
-        if waits[number].is_ready():
-            return number
+    # All are asked: that reads what has come, and the depth rule wants to know when it came.
+    ready = [number for number, wait in waits.items() if wait.is_ready()]
+    if ready:
+        return max(ready, key=lambda number: (waits[number].stage if order == "deepest" else 0, -number))
     return min(waits, key=lambda number: not waits[number].for_tier1)
 
 
