@@ -29,7 +29,7 @@ from hetero_jax.scheduler_state import Pool, ScheduledSequence
 from hetero_jax.scheduler_types import Move, PoolJoined, SchedulerConfig
 
 _MARGIN = 0.1
-_COPY_COST = 64  # a socket carries a hundredth of what memory does, twice; the message goes while others compute
+_COPY_COST = 64  # 60 over loopback, without authentication (docs/benchmarks.md)
 
 
 class Pools:
