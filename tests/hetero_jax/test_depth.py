@@ -52,7 +52,9 @@ def test_the_deepest_goes_first_of_those_that_need_not_wait():
     assert choose(waits, "oldest") == 3
     waiting = {3: wait(2, False, False), 4: wait(1, True, False), 5: wait(9, True, False)}
     assert choose(waiting, "deepest") == 4  # what tier 1 computes is needed first
-    assert choose({3: wait(2, False, False), 4: wait(5, False, False)}, "deepest") == 3
+    # Workers answer in the order of the calls: the first here has waited longest, whatever its number and depth.
+    assert choose({4: wait(2, False, False), 3: wait(5, False, False)}, "deepest") == 4
+    assert choose({3: wait(5, False, False), 4: wait(2, False, False)}, "deepest") == 3
 
 
 @pytest.mark.parametrize("order", ["deepest", "oldest"])
