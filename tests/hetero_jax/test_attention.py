@@ -65,7 +65,7 @@ class _Case:
 
     def run(self):
         """(pool, out) of the kernel; rows that belong to no sequence are noise."""
-        packed = pack(self.batch, lambda *_: [0], page_size=self.page_size)
+        packed = pack(self.batch, lambda _, start, length: [0] * length, page_size=self.page_size)
         noise = len(packed.tokens) - packed.num_rows
 
         def rows(arrays):
