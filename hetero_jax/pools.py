@@ -121,8 +121,7 @@ class Pools:
     def _targets(self, slowest: Pool, pools: Iterable[Pool], least: int) -> list[Pool]:
         """Those that take pages of the slowest pool, and would be faster by the margin with so many positions more."""
         limit_s = (1 - _MARGIN) * self._time_s(slowest)
-        alike = [pool for pool in pools if slowest.page_format and pool.page_format == slowest.page_format]
-        return [pool for pool in alike if self._time_s(pool, least) <= limit_s]
+        return [pool for pool in pools if pool.exchanges_with(slowest) and self._time_s(pool, least) <= limit_s]
 
     def _homes(self, seq: ScheduledSequence) -> list[Pool]:
         most = self._config.most_pages(seq.max_known - 1)
@@ -130,9 +129,7 @@ class Pools:
 
     def _alike(self, seq: ScheduledSequence) -> list[Pool]:
         """Other pools that can hold the whole sequence and take pages of its own."""
-        home = seq.home
-        alike = [pool for pool in self._homes(seq) if pool.page_format == home.page_format and pool is not home]
-        return alike if home.page_format else []
+        return [pool for pool in self._homes(seq) if pool is not seq.home and pool.exchanges_with(seq.home)]
 
     def _best(self, pools: Iterable[Pool], seq: ScheduledSequence, needed: Callable[[Pool], int]) -> Pool | None:
         """The one that has the least time with the sequence, of those that let it in; the roomiest of several."""

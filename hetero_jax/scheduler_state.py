@@ -32,6 +32,10 @@ class Pool:
         """Pages for another sequence: each running one may open one more before a preemption."""
         return self.pages.num_free - self.promised - max(self.num_running, self.pages.num_pages // 100)
 
+    def exchanges_with(self, other: Pool) -> bool:
+        """Whether pages of the one may move to the other."""
+        return self.page_format != "" and self.page_format == other.page_format
+
     def allocate(self, count: int) -> list[int] | None:
         """So many pages to write to; None where fewer are free."""
         pages = self.pages.allocate(count)
