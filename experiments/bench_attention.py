@@ -233,7 +233,7 @@ def _layout(rows: list[Rows]) -> tuple[AttentionLayout, int]:
     for index, (r, own) in enumerate(zip(rows, np.split(free[common:], np.cumsum(counts)[:-1]), strict=True)):
         pages = np.concatenate([free[: r.shared // size], own])
         table[index, : len(pages)] = pages
-        slots.append(slots_of(pages, r.context - r.new, r.new, size))
+        slots.append(slots_of(pages[None], np.arange(r.context - r.new, r.context), size))
     new = np.array([r.new for r in rows] + [0], np.int32)
     none = np.zeros(0, np.int32)
     layout = AttentionLayout(

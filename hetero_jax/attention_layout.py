@@ -38,7 +38,6 @@ class AttentionLayout:
     tile_offset: Any
 
 
-def slots_of(pages: np.ndarray, start: int, length: int, page_size: int) -> np.ndarray:
-    """[length] slots of positions start .. start+length-1 of a sequence with page table `pages`."""
-    positions = np.arange(start, start + length)
-    return pages[positions // page_size] * page_size + positions % page_size
+def slots_of(pages: np.ndarray, positions: np.ndarray, page_size: int, sequences: np.ndarray | int = 0) -> np.ndarray:
+    """[n] slots of positions [n] of sequences [n], or of one, with page tables `pages` [S, P]."""
+    return pages[sequences, positions // page_size] * page_size + positions % page_size

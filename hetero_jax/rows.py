@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetero_jax.attention_layout import NOWHERE, TILE_ROWS, AttentionLayout
+from hetero_jax.attention_layout import NOWHERE, TILE_ROWS, AttentionLayout, slots_of
 from hetero_jax.scheduler_types import Batch, Chunk
 
 # XLA CPU multiplies a single row by another routine, with other bits; from 2 rows on a row's bits do not depend on
@@ -72,8 +72,7 @@ def _layout(
     page_table = np.zeros((count, bucket(max(len(chunk.pages) for chunk in chunks), 4)), np.int32)
     for index, chunk in enumerate(chunks):
         page_table[index, : len(chunk.pages)] = chunk.pages
-    pages = page_table[np.repeat(np.arange(len(chunks)), lengths), positions // page_size]
-    slots = pages * page_size + positions % page_size
+    slots = slots_of(page_table, positions, page_size, np.repeat(np.arange(len(chunks)), lengths))
     return _with_tiles(
         page_table,
         _filled(firsts, count, 0),

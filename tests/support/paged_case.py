@@ -76,7 +76,7 @@ class PagedCase:
             table[index, : len(self.pages[index])] = self.pages[index]
             first[index], num[index] = sum(len(s) for s in slots), length
             context[index] = start + length
-            slots.append(slots_of(self.pages[index], start, length, self.page_size))
+            slots.append(slots_of(self.pages[index][None], np.arange(start, start + length), self.page_size))
             parts.append([a[index][start : start + length] for a in (self.q, self.k, self.v)])
         padding = np.full(self.padding, self.num_pages * self.page_size)
         shapes = [
