@@ -7,7 +7,6 @@ Decode is timed between two moments at which every sequence has its prompt cache
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 
 import hetero_jax as hj
 from experiments.bench_point import Figures, Point, peak_bytes, prompts
+from experiments.polled import polled
 
 _POLL_S = 0.001
 _SETTLE_STEPS = 2  # the first pure decode step may compile
@@ -159,21 +159,14 @@ def _without_compiling(run: Callable[[], tuple], compiled: Callable[[tuple], boo
 def _watched(engine: hj.Engine) -> Iterator[list[_Moment]]:
     """The engine's counters after every step, as another thread sees them."""
     moments: list[_Moment] = []
-    over = threading.Event()
 
-    def poll() -> None:
-        while not over.wait(_POLL_S):
-            stats = engine.stats
-            if not moments or stats.steps != moments[-1].stats.steps:
-                moments.append(_Moment(time_s=time.perf_counter(), stats=stats))
+    def look() -> None:
+        stats = engine.stats
+        if not moments or stats.steps != moments[-1].stats.steps:
+            moments.append(_Moment(time_s=time.perf_counter(), stats=stats))
 
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
+    with polled(look, _POLL_S):
         yield moments
-    finally:
-        over.set()
-        thread.join()
 
 
 def _relative(moment: _Moment, before: hj.EngineStats) -> _Moment:

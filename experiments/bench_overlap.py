@@ -30,6 +30,7 @@ from experiments.delay_proxy import serve_delayed
 from experiments.markdown import print_header, print_row
 from experiments.pinned_worker import pinned_worker
 from experiments.plain_decoder import HEAD_DIM, VOCAB, forward, params
+from experiments.polled import polled
 
 _POINTS = flags.DEFINE_list(
     "points",
@@ -126,25 +127,16 @@ class _ProcessorTimes(list[_Times]):
 @contextmanager
 def _processor_times() -> Iterator[_ProcessorTimes]:
     """What the threads of this process take, looked at every now and then by one of them."""
-    found, ended = _ProcessorTimes(), threading.Event()
+    found = _ProcessorTimes()
 
     def look() -> None:
         python = [_thread_s(each.ident) for each in threading.enumerate() if each.ident]  # the main thread first
         found.append(_Times(time.monotonic(), python[0], time.process_time() - sum(python)))
 
-    def watch() -> None:
-        while not ended.wait(_TICK_S):
-            look()
-
     look()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    with polled(look, _TICK_S):
         yield found
-    finally:
-        ended.set()
-        watcher.join()
-        look()
+    look()
 
 
 def _thread_s(ident: int) -> float:
