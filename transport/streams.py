@@ -22,6 +22,7 @@ from transport.frames import Buffer
 
 _MAX_PARTS = os.sysconf("SC_IOV_MAX")
 _TLS_CHUNK_BYTES = 1 << 18
+_SPIN_S = 1e-4  # about what both ends lose where they go to sleep and are woken
 
 WhileStuck: TypeAlias = Callable[[], AbstractContextManager[None]]
 
@@ -63,12 +64,19 @@ class Stream(Protocol):
 
 
 class SocketStream:
-    """A connected TCP socket."""
+    """A connected TCP socket.
+
+    A core that slept takes longer to wake than a small message to go round. So a wait that will be short, as the last
+    ones were, looks for bytes again and again before it sleeps; others cost no more than a call of the system.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(None)
         self._socket = sock
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._recent_wait_s = 0.0  # the longest, those before the last fading by half each time
 
     def shake_hands(self, deadline_s: float) -> None:
         """As Stream: nothing."""
@@ -83,17 +91,29 @@ class SocketStream:
     def receive_into(self, buffer: memoryview) -> int:
         """As Stream."""
         try:
-            return self._socket.recv_into(buffer)
+            return self._socket.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return self._await_and_receive(buffer)
+        except OSError as error:
+            raise _broken(error) from None
+
+    def _await_and_receive(self, buffer: memoryview) -> int:
+        begin_s = time.monotonic()
+        if self._recent_wait_s < 2 * _SPIN_S:
+            while not self.has_data() and time.monotonic() - begin_s < _SPIN_S:
+                pass
+        try:
+            count = self._socket.recv_into(buffer)
         except BlockingIOError:
             raise ConnectionLostError("the peer fell silent") from None
         except OSError as error:
-            raise ConnectionLostError(f"the connection broke: {error}") from None
+            raise _broken(error) from None
+        self._recent_wait_s = max(time.monotonic() - begin_s, self._recent_wait_s / 2)
+        return count
 
     def has_data(self) -> bool:
         """As Stream."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(self._readable.poll(0))
 
     def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
         """As Stream."""
@@ -105,7 +125,7 @@ class SocketStream:
         except BlockingIOError:
             raise ConnectionLostError("the peer takes nothing any more") from None
         except OSError as error:
-            raise ConnectionLostError(f"the connection broke: {error}") from None
+            raise _broken(error) from None
 
     def _send_now(self, parts: Sequence[Buffer]) -> int:
         try:
@@ -125,6 +145,10 @@ class SocketStream:
     def close(self) -> None:
         """As Stream."""
         self._socket.close()
+
+
+def _broken(error: OSError) -> ConnectionLostError:
+    return ConnectionLostError(f"the connection broke: {error}")
 
 
 def _length(part: Buffer) -> int:
