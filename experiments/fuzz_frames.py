@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.bench_point import peak_bytes
+from transport.buffers import ALIGNMENT
 from transport.codec import decode_message, encode_message
 from transport.errors import FrameError
 from transport.frames import PREFIX_BYTES, FrameDecoder, FrameEncoder
@@ -217,12 +218,15 @@ _MUTATIONS = (_flip, _set, _cut, _insert, _repeat, _new_header, _lengths)
 
 def _repair(data: bytearray, chance: random.Random) -> None:
     header_bytes, body_bytes = struct.unpack_from("<IQ", data, _LENGTHS_AT)
-    available = len(data) - PREFIX_BYTES
-    if chance.random() < 0.7:
-        header_bytes = min(header_bytes, available, 1 << 16)
-        body_bytes = available - header_bytes
-    struct.pack_into("<BBHIQQ", data, 8, 1, data[_TYPE_AT], 0, header_bytes, body_bytes, 0)
-    struct.pack_into("<4sI", data, 0, b"HJXF", zlib.crc32(data[8 : PREFIX_BYTES + header_bytes]))
+    if fitting := chance.random() < 0.7:
+        header_bytes = min(header_bytes, len(data) - PREFIX_BYTES, 1 << 16)
+    head_bytes = PREFIX_BYTES + header_bytes + -header_bytes % ALIGNMENT
+    if fitting:
+        data += bytes(max(0, head_bytes - len(data)))
+        body_bytes = (len(data) - head_bytes) // ALIGNMENT * ALIGNMENT
+        del data[head_bytes + body_bytes :]
+    struct.pack_into("<BBHIQQ", data, 8, 2, data[_TYPE_AT], 0, header_bytes, body_bytes, 0)
+    struct.pack_into("<4sI", data, 0, b"HJXF", zlib.crc32(data[8:head_bytes]))
 
 
 if __name__ == "__main__":

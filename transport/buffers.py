@@ -16,8 +16,6 @@ ALIGNMENT = 64  # bytes; XLA's CPU backend takes arrays without a copy from here
 EMPTY: Bytes = np.empty(0, np.uint8)
 _SMALLEST_KEPT = 1 << 18
 _MOST_KEPT = 8
-_BLOCK_BYTES = 1 << 16  # that small buffers are cut from
-_LARGEST_CUT = 1 << 12
 
 
 class BufferPool:
@@ -30,7 +28,6 @@ class BufferPool:
     def __init__(self) -> None:
         # Oldest first. A deque because views may die, and append here, in other threads.
         self._free: deque[Bytes] = deque(maxlen=_MOST_KEPT)
-        self._block, self._cut = EMPTY, 0
 
     def reuse(self, size: int) -> Bytes | None:
         """A free buffer of `size` bytes; None where none of at most four times that size is free."""
@@ -43,14 +40,12 @@ class BufferPool:
 
     def allocate(self, size: int) -> Bytes:
         """A new buffer of `size` bytes."""
-        return self._cut_off(size) if size <= _LARGEST_CUT else self._lend(_aligned(size), size)
+        return self._lend(_aligned(size), size)
 
-    def _cut_off(self, size: int) -> Bytes:
-        """The next bytes of a block that lives as long as anything cut from it: a tenth of the time of a new array."""
-        if self._cut + size > len(self._block):
-            self._block, self._cut = _aligned(_BLOCK_BYTES), 0
-        start, self._cut = self._cut, self._cut + size + -size % ALIGNMENT
-        return self._block[start : start + size]
+    def take(self, size: int) -> Bytes:
+        """A buffer of `size` bytes, new where none is free."""
+        free = self.reuse(size)
+        return self.allocate(size) if free is None else free
 
     def _lend(self, memory: Bytes, size: int) -> Bytes:
         if len(memory) < _SMALLEST_KEPT:

@@ -1,33 +1,46 @@
-"""Messages to frames and back. A message's header has its fields in order, read by their annotations."""
+"""Messages to frames and back.
+
+A message's integers travel as the numbers of its frame; its header has the other fields in order, read by their
+annotations. Where these are tensors alone, as in Attend and Result, headers repeat from call to call as shapes do, and
+what they say is remembered: making and reading one takes several times as long as the rest.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, NamedTuple, get_type_hints
 
-from transport.buffers import Tensor
+from transport.buffers import Bytes, Tensor
 from transport.errors import FrameError
-from transport.frames import Buffer, Frame
-from transport.header import MAX_TEXT_BYTES, MAX_VALUES, HeaderReader, HeaderWriter, Scalar
+from transport.frames import NUMBERS, Buffer, Frame
+from transport.header import MAX_TEXT_BYTES, MAX_VALUES, Form, HeaderReader, HeaderWriter, Place, Scalar, body_parts
 from transport.messages import MESSAGE_TYPES, Message
 
 _MAX_NAMES = 64  # in a mapping
+_MAX_REMEMBERED = 256  # headers, of a few hundred bytes each
 _SCALARS = (int, float, str, bool, type(None))
 
 
-def encode_message(message: Message) -> tuple[int, bytes, list[Buffer], int]:
-    """Type, header, body of a message's frame, and the body's bytes.
+def encode_message(message: Message) -> tuple[int, list[int], bytes, list[Buffer], int]:
+    """Type, numbers, header and body of a message's frame, and the body's bytes.
 
     Raises:
       FrameError: a value that no message may carry.
     """
     code = _CODES[type(message)]
+    schema, values = _SCHEMAS[code], vars(message)
+    numbers = [values[name] for name in schema.numbers] + schema.no_numbers
+    if schema.only_tensors:
+        tensors: list[Tensor | None] = [values[name] for name, _ in schema.fields]
+        header, body_bytes = _remembered_header(_forms(tensors))
+        return code, numbers, header, body_parts(tensors), body_bytes
     writer = HeaderWriter()
-    for name, kind in _SCHEMAS[code]:
-        kind.write(writer, getattr(message, name))
+    for name, kind in schema.fields:
+        kind.write(writer, values[name])
     try:
-        return code, writer.header(), writer.body, writer.body_bytes
+        return code, numbers, writer.header(), body_parts(writer.tensors), writer.body_bytes
     except (TypeError, ValueError, OverflowError) as error:
         raise FrameError(f"a {type(message).__name__} cannot be written: {error}") from None
 
@@ -41,31 +54,56 @@ def decode_message(frame: Frame) -> Message:
     schema = _SCHEMAS.get(frame.type)
     if schema is None:
         raise FrameError(f"a frame of type {frame.type}; allowed: 1 to {len(MESSAGE_TYPES)}")
-    reader = HeaderReader(frame.header, frame.body)
-    message = object.__new__(MESSAGE_TYPES[frame.type - 1])
+    count = len(schema.numbers)
+    if any(frame.numbers[count:]):
+        raise FrameError(f"a {schema.type.__name__} has numbers {frame.numbers}; allowed: {count}, then zeros")
+    read = _remembered_fields if schema.only_tensors else _read_fields
+    found = read(frame.type, frame.header, len(frame.body))
+    message = object.__new__(schema.type)
     # The schema has every field; a frozen dataclass's own __init__ would take four times as long.
-    vars(message).update({name: kind.read(reader) for name, kind in schema})
-    reader.end()
+    values = vars(message)
+    values.update(zip(schema.numbers, frame.numbers, strict=False))
+    for (name, kind), value in zip(schema.fields, found, strict=True):
+        values[name] = kind.bind(value, frame.body)
     return message
 
 
+def _forms(tensors: list[Tensor | None]) -> tuple[Form | None, ...]:
+    return tuple([None if tensor is None else (tensor.dtype, tensor.shape) for tensor in tensors])
+
+
+@lru_cache(_MAX_REMEMBERED)
+def _remembered_header(forms: tuple[Form | None, ...]) -> tuple[bytes, int]:
+    """Header of a message of these tensors alone, and the body's bytes."""
+    writer = HeaderWriter()
+    for form in forms:
+        writer.form(form)
+    return writer.header(), writer.body_bytes
+
+
+def _read_fields(type_: int, header: bytes, body_bytes: int) -> tuple[Any, ...]:
+    """The fields that a header has, tensors by their places."""
+    reader = HeaderReader(header, body_bytes)
+    found = tuple([kind.read(reader) for _, kind in _SCHEMAS[type_].fields])
+    reader.end()
+    return found
+
+
+_remembered_fields = lru_cache(_MAX_REMEMBERED)(_read_fields)
+
+
 class _Kind(NamedTuple):
-    """How values of one annotation are written and read."""
+    """How values of one annotation are written, read, and what they are once tensors are bound to a body."""
 
     write: Callable[[HeaderWriter, Any], None]
     read: Callable[[HeaderReader], Any]
+    bind: Callable[[Any, Bytes], Any]
 
 
 def _write_text(writer: HeaderWriter, text: str) -> None:
     if len(text.encode()) > MAX_TEXT_BYTES:
         raise FrameError(f"a text of {len(text.encode())} bytes; allowed: at most {MAX_TEXT_BYTES}")
     writer.values.append(text)
-
-
-def _write_natural(writer: HeaderWriter, value: int) -> None:
-    if not 0 <= value < 1 << 64:
-        raise FrameError(f"{value} in a message; allowed: 0 to 2**64 - 1")
-    writer.values.append(int(value))
 
 
 def _write_scalar(writer: HeaderWriter, value: Scalar) -> None:
@@ -84,7 +122,10 @@ def _tuple_of(item: _Kind) -> _Kind:
     def read(reader: HeaderReader) -> tuple[Any, ...]:
         return tuple(item.read(reader) for _ in range(reader.length(MAX_VALUES)))
 
-    return _Kind(write, read)
+    def bind(values: tuple[Any, ...], body: Bytes) -> tuple[Any, ...]:
+        return tuple(item.bind(value, body) for value in values)
+
+    return _Kind(write, read, bind)
 
 
 def _mapping_of(item: _Kind) -> _Kind:
@@ -103,7 +144,10 @@ def _mapping_of(item: _Kind) -> _Kind:
             raise FrameError("a mapping names something twice")
         return values
 
-    return _Kind(write, read)
+    def bind(values: dict[str, Any], body: Bytes) -> dict[str, Any]:
+        return {name: item.bind(value, body) for name, value in values.items()}
+
+    return _Kind(write, read, bind)
 
 
 def _write_length(writer: HeaderWriter, length: int, high: int) -> None:
@@ -112,8 +156,12 @@ def _write_length(writer: HeaderWriter, length: int, high: int) -> None:
     writer.values.append(length)
 
 
-def _read_some_tensor(reader: HeaderReader) -> Tensor | None:
+def _read_some_tensor(reader: HeaderReader) -> Place | None:
     return reader.tensor(optional=True)
+
+
+def _bind_some_tensor(place: Place | None, body: Bytes) -> Tensor | None:
+    return None if place is None else place.view(body)
 
 
 def _read_text(reader: HeaderReader) -> str:
@@ -124,13 +172,18 @@ def _read_scalar(reader: HeaderReader) -> Scalar:
     return reader.value(_SCALARS)
 
 
-_TENSOR = _Kind(HeaderWriter.tensor, HeaderReader.tensor)
-_ANY_SCALAR = _Kind(_write_scalar, _read_scalar)
+def _as_read(value: Any, body: Bytes) -> Any:
+    del body
+    return value
+
+
+_TENSOR = _Kind(HeaderWriter.tensor, HeaderReader.tensor, Place.view)
+_SOME_TENSOR = _Kind(HeaderWriter.tensor, _read_some_tensor, _bind_some_tensor)
+_ANY_SCALAR = _Kind(_write_scalar, _read_scalar, _as_read)
 _KINDS: dict[Any, _Kind] = {
-    int: _Kind(_write_natural, HeaderReader.natural),
-    str: _Kind(_write_text, _read_text),
+    str: _Kind(_write_text, _read_text, _as_read),
     Tensor: _TENSOR,
-    Tensor | None: _Kind(HeaderWriter.tensor, _read_some_tensor),
+    Tensor | None: _SOME_TENSOR,
     tuple[Tensor, ...]: _tuple_of(_TENSOR),
     Mapping[str, Tensor]: _mapping_of(_TENSOR),
     Mapping[str, Scalar]: _mapping_of(_ANY_SCALAR),
@@ -139,9 +192,29 @@ _KINDS: dict[Any, _Kind] = {
 _CODES: dict[type, int] = {kind: code for code, kind in enumerate(MESSAGE_TYPES, 1)}
 
 
-def _schema(kind: type[Message]) -> tuple[tuple[str, _Kind], ...]:
-    hints = get_type_hints(kind)
-    return tuple((field.name, _KINDS[hints[field.name]]) for field in fields(kind))
+class _Schema(NamedTuple):
+    """A message's fields.
+
+    numbers: names of the integers.
+    no_numbers: zeros in place of those that a frame has beyond.
+    fields: names and kinds of the others.
+    """
+
+    type: type[Message]
+    numbers: tuple[str, ...]
+    no_numbers: list[int]
+    fields: tuple[tuple[str, _Kind], ...]
+    only_tensors: bool
+
+
+def _schema(type_: type[Message]) -> _Schema:
+    hints = get_type_hints(type_)
+    names = [field.name for field in fields(type_)]
+    numbers = tuple(name for name in names if hints[name] is int)
+    assert len(numbers) <= NUMBERS, f"{type_.__name__} has more integers than a frame"
+    others = tuple((name, _KINDS[hints[name]]) for name in names if name not in numbers)
+    only_tensors = all(kind in (_TENSOR, _SOME_TENSOR) for _, kind in others)
+    return _Schema(type_, numbers, [0] * (NUMBERS - len(numbers)), others, only_tensors)
 
 
 _SCHEMAS = {code: _schema(kind) for kind, code in _CODES.items()}

@@ -7,8 +7,9 @@ nesting ends where the schema's does, and memory with the number of values.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import islice
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import ml_dtypes
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
@@ -19,6 +20,7 @@ from transport.errors import FrameError
 from transport.frames import MAX_HEADER_BYTES, Buffer
 
 Scalar: TypeAlias = int | float | str | bool | None
+Form: TypeAlias = tuple[np.dtype[Any], tuple[int, ...]]  # what a header says of a tensor: element type and shape
 
 # Element types that may travel, by their number on the wire.
 DTYPES: tuple[np.dtype[Any], ...] = tuple(
@@ -35,12 +37,27 @@ _CODES = {dtype: code for code, dtype in enumerate(DTYPES, _NO_TENSOR + 1)}
 _msgpack = cast("Any", msgpack)  # it has no types
 
 
+class Place(NamedTuple):
+    """A tensor in a body, which begins there at byte `start`."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+
+    def view(self, body: Bytes) -> Tensor:
+        """The tensor."""
+        return np.ndarray(self.shape, self.dtype, body, self.start)
+
+
 class HeaderWriter:
-    """Collects a message's header and, uncopied, its tensors."""
+    """Collects a message's header and, uncopied, its tensors.
+
+    body_bytes: of the tensors, each padded to ALIGNMENT.
+    """
 
     def __init__(self) -> None:
         self.values: list[Scalar] = []
-        self.body: list[Buffer] = []
+        self.tensors: list[Tensor] = []
         self.body_bytes = 0
 
     def header(self) -> bytes:
@@ -54,38 +71,52 @@ class HeaderWriter:
         return _msgpack.packb(self.values)
 
     def tensor(self, tensor: Tensor | None) -> None:
-        """Adds a tensor, and to the header its element type's number, how many axes it has, and these.
+        """Adds a tensor, and to the header what it says of it.
 
         Raises:
           FrameError: another element type or too many axes.
         """
-        if tensor is None:
+        if tensor is not None:
+            self.tensors.append(tensor)
+        self.form(None if tensor is None else (tensor.dtype, tensor.shape))
+
+    def form(self, form: Form | None) -> None:
+        """As `tensor`, to the header alone: the element type's number, how many axes it has, and these."""
+        if form is None:
             self.values.append(_NO_TENSOR)
             return
-        code = _CODES.get(tensor.dtype)
-        if code is None or tensor.ndim > MAX_AXES:
+        dtype, shape = form
+        code = _CODES.get(dtype)
+        if code is None or len(shape) > MAX_AXES:
             allowed = ", ".join(str(dtype) for dtype in DTYPES)
-            raise FrameError(f"a tensor {tensor.dtype}{tensor.shape}; allowed: {allowed} with at most {MAX_AXES} axes")
-        self.values += (code, tensor.ndim, *tensor.shape)
-        size = tensor.nbytes
-        if size:
-            self.body.append(tensor if tensor.flags.c_contiguous else np.ascontiguousarray(tensor))
-        if padding := -size % ALIGNMENT:
-            self.body.append(_PADDING[:padding])
-        self.body_bytes += size + padding
+            raise FrameError(f"a tensor {dtype}{shape}; allowed: {allowed} with at most {MAX_AXES} axes")
+        self.values += (code, len(shape), *shape)
+        size = math.prod(shape) * dtype.itemsize
+        self.body_bytes += size + -size % ALIGNMENT
+
+
+def body_parts(tensors: Iterable[Tensor | None]) -> list[Buffer]:
+    """The buffers of a body: tensors, uncopied where they are contiguous, and what pads them."""
+    parts: list[Buffer] = []
+    for tensor in tensors:
+        if tensor is not None and (size := tensor.nbytes):
+            parts.append(tensor if tensor.flags.c_contiguous else np.ascontiguousarray(tensor))
+            if padding := -size % ALIGNMENT:
+                parts.append(_PADDING[:padding])
+    return parts
 
 
 class HeaderReader:
-    """Reads what a schema asks for from a header, and views of its tensors from the body.
+    """Reads what a schema asks for from a header, and where its tensors are in the body.
 
     Every method raises FrameError where the header has something else.
     """
 
-    def __init__(self, header: bytes, body: Bytes) -> None:
+    def __init__(self, header: bytes, body_bytes: int) -> None:
         self._values = _read_values(header)
         self._values.append(_END)
         self._read = 0
-        self._body, self._body_read = body, 0
+        self._body_bytes, self._body_read = body_bytes, 0
 
     def value(self, allowed: tuple[type, ...]) -> Any:
         """A scalar of exactly one of these types."""
@@ -116,8 +147,8 @@ class HeaderReader:
             raise FrameError(f"a header has {length} items where at most {high} may be")
         return length
 
-    def tensor(self, *, optional: bool = False) -> Tensor | None:
-        """A view of the body's next bytes; None where `optional` and there is none."""
+    def tensor(self, *, optional: bool = False) -> Place | None:
+        """The body's next bytes; None where `optional` and there is none."""
         code = self.natural()
         if optional and code == _NO_TENSOR:
             return None
@@ -126,27 +157,27 @@ class HeaderReader:
         dtype = DTYPES[code - 1]
         read = self._read + 1
         self._read = read + self.length(MAX_AXES)
-        shape = self._values[read : self._read]
+        shape = tuple(self._values[read : self._read])
         for axis in shape:
             if type(axis) is not int or axis < 0:
                 self._refuse(axis, "int of 0 or more")
         size = math.prod(shape) * dtype.itemsize
         padded = size + -size % ALIGNMENT
-        start = self._body_read
+        start, left = self._body_read, self._body_bytes - self._body_read
         # NumPy must be able to count the other axes of an empty tensor.
         countable = size or math.prod(axis or 1 for axis in shape) <= _MAX_EMPTY_SPAN
-        if padded > len(self._body) - start or not countable:
-            raise FrameError(f"a tensor {dtype}{tuple(shape)} needs {padded} bytes, {len(self._body) - start} are left")
+        if padded > left or not countable:
+            raise FrameError(f"a tensor {dtype}{shape} needs {padded} bytes, {left} are left")
         self._body_read = start + padded
-        return np.ndarray(shape, dtype, self._body, start)
+        return Place(dtype, shape, start)
 
     def end(self) -> None:
         """Nothing may be left over."""
         count = len(self._values) - 1
-        if self._read != count or self._body_read != len(self._body):
+        if self._read != count or self._body_read != self._body_bytes:
             raise FrameError(
                 f"a message uses {self._read} of {count} values of its header "
-                f"and {self._body_read} of {len(self._body)} bytes of its body; allowed: all"
+                f"and {self._body_read} of {self._body_bytes} bytes of its body; allowed: all"
             )
 
 

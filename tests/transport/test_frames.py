@@ -7,6 +7,7 @@ import random
 import struct
 import tracemalloc
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -21,24 +22,34 @@ from wire import feed, joined
 KEY = b"k" * 32
 
 
-def frame_by_hand(number: int, type_: int, header: bytes, body: bytes, key: bytes | None = None) -> bytes:
+NUMBERS = [1, 0, (1 << 64) - 1, 3]
+
+
+def frame_by_hand(
+    number: int, type_: int, header: bytes, body: bytes, key: bytes | None = None, numbers: Sequence[int] = NUMBERS
+) -> bytes:
     """The layout as the module's docstring has it, written independently."""
-    checked = struct.pack("<BBHIQQ", 1, type_, 0, len(header), len(body), number) + header
-    frame = b"HJXF" + struct.pack("<I", zlib.crc32(checked)) + checked + body
-    return frame + hmac.new(key, frame, hashlib.sha256).digest() if key else frame
+    checked = struct.pack("<BBHIQQ4Q", 2, type_, 0, len(header), len(body), number, *numbers) + header
+    while (8 + len(checked) + (32 if key else 0)) % 64:
+        checked += b"\0"
+    head = b"HJXF" + struct.pack("<I", zlib.crc32(checked)) + checked
+    return head + (hmac.new(key, head + body, hashlib.sha256).digest() if key else b"") + body
 
 
 @pytest.mark.parametrize("key", [None, KEY])
 def test_encoder_writes_the_documented_layout(key):
     encoder = FrameEncoder(key)
-    assert joined(encoder.encode(7, b"head", [memoryview(b"bo"), memoryview(b"dy")], 4)) == frame_by_hand(
-        0, 7, b"head", b"body", key
-    )
-    assert joined(encoder.encode(1, b"")) == frame_by_hand(1, 1, b"", b"", key)
+    assert joined(
+        encoder.encode(7, NUMBERS, b"head", [memoryview(b"bo"), memoryview(b"dy" * 31)], 64)
+    ) == frame_by_hand(0, 7, b"head", b"bo" + b"dy" * 31, key)
+    assert joined(encoder.encode(1, [0] * 4, b"")) == frame_by_hand(1, 1, b"", b"", key, [0] * 4)
+
+
+bodies = st.builds(lambda data, times: data * 64 * times, st.binary(max_size=40), st.sampled_from([1, 3, 50, 150]))
 
 
 @given(
-    contents=st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=300), st.binary(max_size=9000)), max_size=5),
+    contents=st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=300), bodies), max_size=5),
     chunks=st.lists(st.integers(1, 5000), max_size=60),
     key=st.sampled_from([None, KEY]),
 )
@@ -47,12 +58,13 @@ def test_decoder_gives_the_frames_however_the_bytes_are_split(contents, chunks, 
     decoder = FrameDecoder(key)
     frames = feed(decoder, data, chunks)
     assert [(frame.type, frame.header, frame.body.tobytes()) for frame in frames] == contents
+    assert all(frame.numbers == NUMBERS and frame.body.ctypes.data % ALIGNMENT == 0 for frame in frames)
     assert decoder.between_frames
 
 
 @given(cut=st.integers(0, 20_000), key=st.sampled_from([None, KEY]))
 def test_a_cut_frame_gives_nothing(cut, key):
-    whole = frame_by_hand(0, 3, b"h" * 100, b"b" * 19_000, key)
+    whole = frame_by_hand(0, 3, b"h" * 100, b"b" * 19_200, key)
     cut = min(cut, len(whole) - 1)
     decoder = FrameDecoder(key)
     assert feed(decoder, whole[:cut]) == []
@@ -61,7 +73,7 @@ def test_a_cut_frame_gives_nothing(cut, key):
 
 def test_ten_thousand_altered_replayed_and_reordered_frames_are_refused():
     chance = random.Random(0)
-    frames = [frame_by_hand(n, n % 11, chance.randbytes(20), chance.randbytes(n % 300), KEY) for n in range(100)]
+    frames = [frame_by_hand(n, n % 11, chance.randbytes(20), chance.randbytes(n % 5 * 64), KEY) for n in range(100)]
     for trial in range(10_000):
         at = chance.randrange(3, 90)
         stream = list(frames[at - 3 : at])
@@ -96,16 +108,19 @@ def frames_before_refusal(decoder: FrameDecoder, stream: list[bytes]) -> int:
     ("at", "value", "error"),
     [
         (0, b"X", "begins with b'XJXF'; allowed: b'HJXF'"),
-        (8, b"\x02", "version 2 and reserved bits 0; allowed: 1 and 0"),
-        (10, b"\x01", "version 1 and reserved bits 1"),
+        (8, b"\x01", "version 1 and reserved bits 0; allowed: 2 and 0"),
+        (10, b"\x01", "version 2 and reserved bits 1"),
         (12, struct.pack("<I", MAX_HEADER_BYTES + 1), "a header of 65537 bytes; allowed: at most 65536"),
-        (16, struct.pack("<Q", 1001), "tensors of 1001 bytes in a frame; allowed: at most 1000"),
+        (16, struct.pack("<Q", 1024), "tensors of 1024 bytes in a frame; allowed: multiples of 64, at most 1000"),
+        (16, struct.pack("<Q", 65), "tensors of 65 bytes in a frame; allowed: multiples of 64"),
         (24, b"\x05", "frame number 5 came; expected: 0"),
-        (33, b"\x00", "checksum"),
+        (32, b"\xff", "checksum"),
+        (65, b"\x00", "checksum"),
+        (70, b"\x01", "checksum"),
     ],
 )
 def test_a_wrong_prefix_is_named(at, value, error):
-    frame = bytearray(frame_by_hand(0, 1, b"head", b"body"))
+    frame = bytearray(frame_by_hand(0, 1, b"head", b"body" * 16))
     frame[at : at + len(value)] = value
     with pytest.raises(FrameError, match=error):
         feed(FrameDecoder(limits=FrameLimits(max_body_bytes=1000)), bytes(frame))
@@ -113,14 +128,18 @@ def test_a_wrong_prefix_is_named(at, value, error):
 
 def test_encoder_refuses_what_no_decoder_takes():
     with pytest.raises(FrameError, match="65537 bytes; allowed"):
-        FrameEncoder().encode(1, bytes(MAX_HEADER_BYTES + 1))
-    with pytest.raises(FrameError, match="11 bytes in a frame; allowed: at most 10"):
-        FrameEncoder(limits=FrameLimits(max_body_bytes=10)).encode(1, b"", [memoryview(bytes(11))], 11)
+        FrameEncoder().encode(1, NUMBERS, bytes(MAX_HEADER_BYTES + 1))
+    for size in (1024, 65):
+        with pytest.raises(FrameError, match=f"{size} bytes in a frame; allowed: multiples of 64, at most 1000"):
+            FrameEncoder(limits=FrameLimits(max_body_bytes=1000)).encode(1, NUMBERS, b"", [bytes(size)], size)
+    for number in (-1, 1 << 64):
+        with pytest.raises(FrameError, match=f"{number}, 0, 0] in a message; allowed: 4 from 0 to 2"):
+            FrameEncoder().encode(1, [0, number, 0, 0], b"")
 
 
 @pytest.mark.parametrize("sent", [0, 100, 600_000, 5_000_000, 20_000_000])
 def test_a_claim_of_a_gigabyte_allocates_four_times_what_came_and_a_megabyte(sent):
-    checked = struct.pack("<BBHIQQ", 1, 1, 0, 0, 1 << 30, 0)
+    checked = struct.pack("<BBHIQQ4Q", 2, 1, 0, 0, 1 << 30, 0, 0, 0, 0, 0)
     data = b"HJXF" + struct.pack("<I", zlib.crc32(checked)) + checked + bytes(sent)
     tracemalloc.start()
     try:
@@ -132,7 +151,7 @@ def test_a_claim_of_a_gigabyte_allocates_four_times_what_came_and_a_megabyte(sen
 
 
 def test_tag_is_checked_before_a_frame_is_seen():
-    frame = bytearray(frame_by_hand(0, 1, b"head", b"body", KEY))
+    frame = bytearray(frame_by_hand(0, 1, b"head", b"body" * 16, KEY))
     frame[-34] ^= 1  # of the body, which the checksum does not cover
     with pytest.raises(IntegrityError, match="wrong authentication tag"):
         feed(FrameDecoder(KEY), bytes(frame))

@@ -41,7 +41,7 @@ def test_both_directions_work_after_the_handshake(secret):
 
 def test_proofs_and_keys_are_as_documented():
     client, server = Handshake(Role.CLIENT, SECRET, b"c" * 32), Handshake(Role.SERVER, SECRET, b"s" * 32)
-    challenges = b"".join(b"HJXC\x01\x01\x00\x00" + nonce * 32 for nonce in (b"c", b"s"))
+    challenges = b"".join(b"HJXC\x02\x01\x00\x00" + nonce * 32 for nonce in (b"c", b"s"))
 
     def derived(label: bytes) -> bytes:
         return hmac.new(SECRET, b"hetero_jax " + label + b"\0" + challenges, hashlib.sha256).digest()
@@ -123,9 +123,9 @@ def test_other_versions_are_named_on_both_sides():
     client, server = Handshake(Role.CLIENT, SECRET), Handshake(Role.SERVER, SECRET)
     begin = bytearray(client.take_output())
     begin[4] = 7
-    with pytest.raises(VersionError, match="wire version 7, this side 1"):
+    with pytest.raises(VersionError, match="wire version 7, this side 2"):
         feed(server, bytes(begin))
-    assert server.take_output()[4] == 1  # so that the other side can say it too
+    assert server.take_output()[4] == 2  # so that the other side can say it too
 
 
 def test_what_is_no_peer_is_named():
