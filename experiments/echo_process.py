@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
-from transport import Attend, FetchPages, Hello, Layout, Pages, Release, Result, StorePages, WorkerServer
+from transport import Attend, FetchPages, Hello, Layout, Pages, Query, Release, Result, StorePages, WorkerServer
 from transport.header import Scalar
 
 ECHO, SINK = 0, 1  # sites: what gives back q, and what swallows it
@@ -19,7 +19,10 @@ class _Worker:
 
     def layout(self, layout: Layout) -> None: ...
 
+    def query(self, query: Query) -> None: ...
+
     def attend(self, attend: Attend) -> Result:
+        assert attend.q is not None
         out = attend.q if attend.site == ECHO else attend.q[:0]
         return Result(request_id=attend.request_id, out=out)
 

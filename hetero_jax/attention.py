@@ -63,8 +63,9 @@ def paged_attention(
 
     Args:
       pool: the site's pool; donate it, so that it is updated in place.
-      q: [R, num_heads, head_dim]; k: [R, num_kv_heads, head_dim]; v: [R, num_kv_heads, v_head_dim].
-      layout: the same R rows.
+      q: [R, num_heads, head_dim]; k: [R, num_kv_heads, head_dim]; v: [R, num_kv_heads, v_head_dim]. Where the pool has
+        the rows already, k and v have none.
+      layout: the same R rows; `row_slot` as many as k and v have.
       site: scale, window, soft cap and linear biases.
       sinks: [num_heads] a score of each head that takes part in the sum and brings no value. None: none does.
     Returns:

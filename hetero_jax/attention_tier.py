@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetero_jax import attention, native_attention, pool_pages, traced_attention
-from hetero_jax.attention_layout import NOWHERE, AttentionLayout
+from hetero_jax.attention_layout import AttentionLayout
 from hetero_jax.described_site import DescribedSite
 from hetero_jax.devices import are_ready, land, start_copy
 from hetero_jax.errors import ConfigError
@@ -29,7 +29,8 @@ class SiteKernel(Protocol):
     """How tier 2 serves one kind of site.
 
     attend: (pool, inputs [R, ...] each, layout, weights) -> (pool, outputs [R, ...] each), to be jitted. Without the
-      inputs that are cached, the pool has their rows already.
+      inputs that are cached, the pool has their rows already. Of a recognised site it also takes what `attend_behind`
+      has begun: (pool, q, layout) -> that, or None where everything waits for k and v.
     """
 
     def page_bytes(self, *, page_size: int) -> int: ...
@@ -90,8 +91,8 @@ class AttentionTier:
         self._weights = [
             jax.device_put(site.kernel_weights([weights[value] for value in site.weights]), device) for site in sites
         ]
-        jitted = {kernel: _jit(kernel) for kernel in made.values()}
-        self._calls = [jitted[kernel] for kernel in self._kernels]
+        jitted = {kernel: (_jit(kernel), _jit_behind(kernel)) for kernel in made.values()}
+        self._calls, self._calls_behind = zip(*(jitted[kernel] for kernel in self._kernels), strict=True)
 
     @property
     def place(self) -> str:
@@ -141,20 +142,27 @@ class AttentionTier:
         layouts: Sequence[AttentionLayout],
         inputs: Sequence[jax.Array | np.ndarray],
         wire_dtype: str | None = None,
+        begun: Any = None,
     ) -> tuple[jax.Array, ...]:
         """Append what is cached to the site's pool and attend: [R, *inner] of each output on this tier's device.
 
         Args:
           inputs: of the site; where it `shares_pool`, those that are not cached alone.
           wire_dtype: rows come as they travel, and go so; None: they are as the site has them.
+          begun: what `attend_behind` gave for the same q and layouts; None: nothing.
         """
         if self._tier1 is not None:
             inputs = [land(array, self.device) for array in inputs]
         pool = self._pool_of[site]
         self._pools[pool], out = self._calls[site](
-            self._pools[pool], tuple(inputs), layouts[site], self._weights[site], wire_dtype=wire_dtype
+            self._pools[pool], tuple(inputs), layouts[site], self._weights[site], begun, wire_dtype=wire_dtype
         )
         return out
+
+    def attend_behind(self, site: int, layouts: Sequence[AttentionLayout], q: np.ndarray, wire_dtype: str) -> Any:
+        """Begin with what needs neither k nor v, of a recognised site, and wait for it: `begun` of `attend`."""
+        pool = self._pools[self._pool_of[site]]
+        return jax.block_until_ready(self._calls_behind[site](pool, q, layouts[site], wire_dtype=wire_dtype))
 
     def away_s(self) -> float:
         """As Tier2: unknown, and no more than a stage, as nothing travels far."""
@@ -176,13 +184,28 @@ class AttentionTier:
 def _jit(kernel: SiteKernel) -> Any:
     """`kernel.attend` of rows as the site has them or, with a `wire_dtype`, as they travel."""
 
-    def attend(pool: Any, inputs: Any, layout: AttentionLayout, weights: Any, wire_dtype: str | None) -> Any:
-        if wire_dtype == "int8":
-            inputs = [from_wire(rows, wire_dtype, jnp.float32) for rows in inputs]
-        pool, out = kernel.attend(pool, inputs, layout, weights)
+    def attend(
+        pool: Any, inputs: Any, layout: AttentionLayout, weights: Any, begun: Any, wire_dtype: str | None
+    ) -> Any:
+        extras = {} if begun is None else {"begun": begun}
+        pool, out = kernel.attend(pool, _received(inputs, wire_dtype), layout, weights, **extras)
         return pool, out if wire_dtype is None else to_wire(out, wire_dtype)
 
     return jax.jit(attend, donate_argnums=0, static_argnames="wire_dtype")
+
+
+def _jit_behind(kernel: SiteKernel) -> Any:
+    """`kernel.attend_behind` of q as it travels."""
+
+    def attend_behind(pool: Any, q: Any, layout: AttentionLayout, wire_dtype: str) -> Any:
+        assert isinstance(kernel, _SpecKernel), "others take all that they need at once"
+        return kernel.attend_behind(pool, _received([q], wire_dtype)[0], layout)
+
+    return jax.jit(attend_behind, static_argnames="wire_dtype")
+
+
+def _received(inputs: Sequence[jax.Array], wire_dtype: str | None) -> Sequence[jax.Array]:
+    return [from_wire(rows, wire_dtype, jnp.float32) for rows in inputs] if wire_dtype == "int8" else inputs
 
 
 class _KernelChoice:
@@ -238,21 +261,25 @@ class _SpecKernel:
             self._spec, num_pages=num_pages, page_size=page_size, dtype=self._dtype, device=self._device
         )
 
-    def attend(self, pool: Any, inputs: Any, layout: AttentionLayout, weights: Any) -> tuple[Any, Any]:
+    def attend_behind(self, pool: Any, q: jax.Array, layout: AttentionLayout) -> Any:
+        if self._module is not native_attention:
+            return None
+        return native_attention.attend_behind(pool, q, layout, self._spec)
+
+    def attend(
+        self, pool: Any, inputs: Any, layout: AttentionLayout, weights: Any, **begun: jax.Array
+    ) -> tuple[Any, Any]:
         sinks = weights[0] if self._spec.has_sinks else None
         q, *kv = inputs
         if not kv:
-            kv, layout = (
-                self._nothing(q),
-                dataclasses.replace(layout, row_slot=jnp.full_like(layout.row_slot, NOWHERE)),
-            )
-        pool, out = self._module.paged_attention(pool, q, *kv, layout, self._spec, sinks=sinks)
+            kv, layout = self._nothing(q), dataclasses.replace(layout, row_slot=layout.row_slot[:0])
+        pool, out = self._module.paged_attention(pool, q, *kv, layout, self._spec, sinks=sinks, **begun)
         return pool, (out,)
 
     def _nothing(self, q: jax.Array) -> list[jax.Array]:
-        """Rows of keys and values that are written nowhere."""
+        """No keys and no values."""
         dims = (self._spec.head_dim, self._spec.v_head_dim)
-        return [jnp.zeros((q.shape[0], self._spec.num_kv_heads, dim), q.dtype) for dim in dims]
+        return [jnp.zeros((0, self._spec.num_kv_heads, dim), q.dtype) for dim in dims]
 
 
 class _TracedKernel:

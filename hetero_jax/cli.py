@@ -133,6 +133,7 @@ def _engine_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("tls_ca", None, text, flag_values=values)
     text = "Type of rows on their way to workers and back."
     flags.DEFINE_enum("wire_dtype", "bfloat16", list(WIRE_DTYPES), text, flag_values=values)
+    _seconds_flag(values, "query_ahead_s", "q goes before k and v where the wire takes these at least so long.")
     _seconds_flag(values, "step_timeout_s", "A worker that answers nothing for so long is lost.")
     _seconds_flag(values, "worker_wait_s", "How long to wait where every worker is lost.")
     flags.DEFINE_float("tier1_memory_gb", None, "Most memory to use on tier 1.", flag_values=values)

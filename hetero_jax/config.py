@@ -42,6 +42,8 @@ class EngineConfig:
     tls_ca: PEM file of the CAs that sign the workers' certificates; None: no TLS.
     wire_dtype: element type of rows on their way to workers and back, one of WIRE_DTYPES; float32 gives the tokens of
       attention in this process, as does bfloat16 for a bfloat16 model. int8 has one f32 scale for each row and head.
+    query_ahead_s: q leaves before k and v, so that a worker attends to the old context meanwhile, where the wire takes
+      these at least so long, as measured; 0: always, inf: never. Tokens are the same.
     step_timeout_s: a worker that has calls to answer and answers none for so long is lost, connected or not.
     worker_wait_s: how long a job waits where no worker can go on with it.
     tier1_memory_gb: refuse a configuration that needs more than this on tier 1; None: no limit.
@@ -69,6 +71,7 @@ class EngineConfig:
     secret_file: str | None = None
     tls_ca: str | None = None
     wire_dtype: str = "bfloat16"
+    query_ahead_s: float = 1e-3
     step_timeout_s: float = 30.0
     worker_wait_s: float = 600.0
     tier1_memory_gb: float | None = None
@@ -103,6 +106,7 @@ class EngineConfig:
         _check("wire_dtype", self.wire_dtype, self.wire_dtype in WIRE_DTYPES, f"one of {WIRE_DTYPES}")
         for name in ("step_timeout_s", "worker_wait_s"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "more than 0")
+        _check("query_ahead_s", self.query_ahead_s, self.query_ahead_s >= 0, "0 or more")
         limit = self.tier1_memory_gb
         _check("tier1_memory_gb", limit, limit is None or limit > 0, "more than 0")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2**63 - 1")

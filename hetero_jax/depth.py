@@ -25,21 +25,34 @@ class CallTimes:
     def __init__(self) -> None:
         self._wire_s: deque[float] = deque(maxlen=_CALLS)
         self._tier2_s: deque[float] = deque(maxlen=_CALLS)
+        self._byte_s: deque[float] = deque(maxlen=_CALLS)
         self._last_ended_ns = 0
 
-    def observe(self, *, trip_s: float, began_ns: int, ended_ns: int) -> None:
-        """A call that took `trip_s` from its sending to its answer, and the worker from `began_ns` to `ended_ns`."""
+    def observe(self, *, trip_s: float, began_ns: int, ended_ns: int, num_bytes: int = 0, latency_s: float = 0) -> None:
+        """A call that took `trip_s` from its sending to its answer, and the worker from `began_ns` to `ended_ns`.
+
+        Args:
+          num_bytes: that travelled, there and back, before and after the worker's work; 0: during it as well.
+          latency_s: of a message without any, there and back.
+        """
         tier2_s = (ended_ns - began_ns) / 1e9
         # One that found the worker busy has waited there, nobody knows for how long.
         was_idle = (began_ns - self._last_ended_ns) / 1e9 > tier2_s / 2
         if was_idle:
-            self._wire_s.append(max(trip_s - tier2_s, 0.0))
+            wire_s = max(trip_s - tier2_s, 0.0)
+            self._wire_s.append(wire_s)
+            if num_bytes:
+                self._byte_s.append(max(wire_s - latency_s, 0.0) / num_bytes)
         self._tier2_s.append(tier2_s)
         self._last_ended_ns = ended_ns
 
     @property
     def wire_s(self) -> float:
         return min(self._wire_s, default=0.0)
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """Of so many bytes, besides the latency: at the fastest pace seen."""
+        return min(self._byte_s, default=0.0) * num_bytes
 
     @property
     def tier2_s(self) -> float:

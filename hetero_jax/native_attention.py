@@ -17,7 +17,8 @@ tokens is read in the order in which it lies.
 
 `paged_attention` has the meaning of `hetero_jax.attention.paged_attention`, which is its oracle. A row's bits depend on
 its own sequence alone: every 8 blocks give a max, a sum and weighted values, which are folded in order of position, so
-neither the other rows nor the threads nor the page numbers matter, and a prefilled row equals a decoded one.
+neither the other rows nor the threads nor the page numbers matter, and a prefilled row equals a decoded one. Nor does
+it matter whether q comes with k and v or ahead of them: `attend_behind` begins with the blocks that they do not touch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import functools
 import importlib.resources
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -43,6 +45,7 @@ _TARGET = "hetero_paged_attention"
 # Elements of a word, by element type of the pool.
 _WORD = {"float32": 1, "bfloat16": 2, "float16": 1, "int8": 4}
 _ROW_DTYPES = ("float32", "bfloat16")
+_PARTIAL_TAIL = 16  # a max, a sum, and room
 
 
 @functools.partial(
@@ -143,6 +146,7 @@ def paged_attention(
     site: AttentionSpec,
     *,
     sinks: Any = None,
+    begun: jax.Array | None = None,
     isa: str = "",
     threads: int = 0,
 ) -> tuple[NativePool, jax.Array]:
@@ -151,6 +155,7 @@ def paged_attention(
     Args:
       pool: donate it, so that it is updated in place.
       q, k, v, layout, site: as in the jax.numpy form; q may differ in dtype from k and v, and both from the pool.
+      begun: what `attend_behind` gave for the same q, layout and site; None: nothing was done ahead.
       sinks: [num_heads] a score of each head that takes part in the sum and brings no value. None: none does.
       isa: one of `usable_isas()`; "": $HETERO_JAX_ISA, and without that the best.
       threads: at most so many; 0: as many as XLA has.
@@ -160,7 +165,7 @@ def paged_attention(
       RuntimeError: the native library is not there; `refusal` tells beforehand.
     """
     new_pool, out, _ = paged_attention_with_lse(
-        pool, q, k, v, layout, site, sinks=sinks, isa=isa, threads=threads, with_lse=False
+        pool, q, k, v, layout, site, sinks=sinks, begun=begun, isa=isa, threads=threads, with_lse=False
     )
     return new_pool, out
 
@@ -174,6 +179,7 @@ def paged_attention_with_lse(
     site: AttentionSpec,
     *,
     sinks: Any = None,
+    begun: jax.Array | None = None,
     isa: str = "",
     threads: int = 0,
     with_lse: bool = True,
@@ -182,23 +188,66 @@ def paged_attention_with_lse(
 
     Attention over parts of a context merges exactly: out = sum_i exp(lse_i - lse) out_i, lse = logsumexp_i lse_i.
     """
-    load_library()
-    _check_shapes(pool, q, k, v, layout, site)
-    if all(isinstance(table, np.ndarray) for table in jax.tree.leaves(layout)):
-        check_layout(layout, num_rows=q.shape[0], num_pages=pool.num_pages, page_size=pool.page_size)
     results = (
         jax.ShapeDtypeStruct(pool.kv.shape, pool.kv.dtype),
         jax.ShapeDtypeStruct((q.shape[0], site.num_heads, site.v_head_dim), q.dtype),
         jax.ShapeDtypeStruct((q.shape[0], site.num_heads) if with_lse else (0,), jnp.float32),
+        _NOTHING,
     )
-    call = jax.ffi.ffi_call(_TARGET, results, input_output_aliases={0: 0})
+    kv, out, lse, _ = _call(results, pool, (q, k, v), layout, site, sinks, begun, isa=isa, threads=threads)
+    return dataclasses.replace(pool, kv=kv), out, lse
+
+
+def attend_behind(
+    pool: NativePool, q: jax.Array, layout: AttentionLayout, site: AttentionSpec, *, isa: str = "", threads: int = 0
+) -> jax.Array:
+    """Attend to the blocks that the rows of this call do not touch, before their keys and values are there.
+
+    Args:
+      pool: is read only; do not donate it.
+    Returns:
+      [R, num_heads, v_head_dim (padded) + 16] float32 values, max and sum: `begun` of `paged_attention`, which with
+      it gives the bits that it gives without (the split of Lamina, arXiv 2405.01814, at blocks of fixed places).
+    Raises:
+      As `paged_attention`.
+    """
+    shape = (q.shape[0], site.num_heads, _round_up(site.v_head_dim, BLOCK) + _PARTIAL_TAIL)
+    none = [jnp.zeros((0, site.num_kv_heads, dim), q.dtype) for dim in (site.head_dim, site.v_head_dim)]
+    layout = dataclasses.replace(layout, row_slot=layout.row_slot[:0])
+    results = (_NOTHING, _NOTHING, _NOTHING, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return _call(results, pool, (q, *none), layout, site, None, None, isa=isa, threads=threads)[-1]
+
+
+_NOTHING = jax.ShapeDtypeStruct((0,), jnp.float32)
+
+
+def _call(
+    results: Sequence[jax.ShapeDtypeStruct],
+    pool: NativePool,
+    rows: Sequence[jax.Array],
+    layout: AttentionLayout,
+    site: AttentionSpec,
+    sinks: Any,
+    begun: jax.Array | None,
+    *,
+    isa: str,
+    threads: int,
+) -> Sequence[jax.Array]:
+    """The custom call of q, k, v. results: pool, output, log-sum-exp, and what `attend_behind` gives, or nothing."""
+    load_library()
+    q, k, v = rows
+    _check_shapes(pool, q, k, v, layout, site)
+    if all(isinstance(table, np.ndarray) for table in jax.tree.leaves(layout)):
+        check_layout(layout, num_rows=q.shape[0], num_pages=pool.num_pages, page_size=pool.page_size)
+    updates = {0: 0} if results[0] is not _NOTHING else {}
     tables = (layout.page_table, layout.first_row, layout.num_rows, layout.context, layout.row_slot)
-    extras = (_per_head("alibi_slopes", site.alibi_slopes, site), _per_head("sinks", sinks, site))
-    kv, out, lse = call(
+    return jax.ffi.ffi_call(_TARGET, results, input_output_aliases=updates)(
         pool.kv,
         *(q, k, v),
         *tables,
-        *extras,
+        _per_head("alibi_slopes", site.alibi_slopes, site),
+        _per_head("sinks", sinks, site),
+        jnp.zeros(0, jnp.float32) if begun is None else begun,
         scale=np.float32(site.scale),
         softcap=np.float32(site.softcap or 0.0),
         window=np.int64(site.window or 0),
@@ -206,7 +255,6 @@ def paged_attention_with_lse(
         threads=np.int64(threads),
         isa=isa,
     )
-    return dataclasses.replace(pool, kv=kv), out, lse
 
 
 def _per_head(name: str, values: Any, site: AttentionSpec) -> jax.Array:
@@ -221,15 +269,15 @@ def _per_head(name: str, values: Any, site: AttentionSpec) -> jax.Array:
 def _check_shapes(
     pool: NativePool, q: jax.Array, k: jax.Array, v: jax.Array, layout: AttentionLayout, site: AttentionSpec
 ) -> None:
-    rows, heads = q.shape[0], site.num_kv_heads
+    rows, new, heads = q.shape[0], len(k), site.num_kv_heads
     sequences = layout.page_table.shape[0]
     pool_shape = _pool_shape(site, num_pages=pool.num_pages, page_size=pool.page_size, dtype=pool.kv.dtype)
     expected = {
         "q": (q.shape, (rows, site.num_heads, site.head_dim)),
-        "k": (k.shape, (rows, heads, site.head_dim)),
-        "v": (v.shape, (rows, heads, site.v_head_dim)),
+        "k": (k.shape, (new and rows, heads, site.head_dim)),
+        "v": (v.shape, (new and rows, heads, site.v_head_dim)),
         "pool.kv": (pool.kv.shape, pool_shape),
-        "row_slot": (layout.row_slot.shape, (rows,)),
+        "row_slot": (layout.row_slot.shape, (new and rows,)),
         **{name: (getattr(layout, name).shape, (sequences,)) for name in ("first_row", "num_rows", "context")},
     }
     for name, (seen, allowed) in expected.items():

@@ -57,7 +57,8 @@ def _make_fleet(
     most_pages = config.max_num_seqs * pages_for(max_model_len, config.page_size)
 
     def begin(address: str, secret: bytes | None, hello: Hello, tls: ssl.SSLContext | None = None) -> WorkerSession:
-        return WorkerSession(address, hello, secret, tls, step_timeout_s=config.step_timeout_s, window=plan.window)
+        times = {"step_timeout_s": config.step_timeout_s, "query_ahead_s": config.query_ahead_s}
+        return WorkerSession(address, hello, secret, tls, window=plan.window, **times)
 
     secret, tls = read_secret(config.secret_file), engine_tls(config.tls_ca)
     fleet = HeadFleet if config.kv_partition == "head" else WorkerFleet

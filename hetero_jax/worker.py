@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from transport import (
     Hello,
     Layout,
     Pages,
+    Query,
     Release,
     Result,
     StorePages,
@@ -33,6 +34,15 @@ from transport import (
 from transport.errors import RefusedError
 
 _LAYOUT = tuple(field.name for field in fields(AttentionLayout))
+
+
+class _Begun(NamedTuple):
+    """q of a call, and what was made of it before k and v came, or why nothing could be, and how long that took."""
+
+    call: Attend | Query
+    attended: Any = None
+    failure: Exception | None = None
+    busy_ns: int = 0
 
 
 class TierHandler(Handler):
@@ -49,10 +59,11 @@ class TierHandler(Handler):
         self._tier: AttentionTier | None = None
         self._sites: list[DescribedSite | ExportedSite] = []
         self._layouts: dict[int, Any] = {}  # by slot, where the sites of the tier need them
+        self._begun: _Begun | None = None  # with a Query, whose Attend is to come
 
     def hello(self, hello: Hello) -> Hello:
         """As Handler."""
-        self._tier, self._layouts = None, {}  # the old pools make room first
+        self._tier, self._layouts, self._begun = None, {}, None  # the old pools make room first
         try:
             self._tier = tier = self._make_tier(hello)
         except ConfigError as error:
@@ -64,19 +75,52 @@ class TierHandler(Handler):
         assert self._tier is not None, "layouts follow a hello"
         self._layouts[layout.slot] = self._tier.place_layout(read_layout(layout.arrays))
 
+    def query(self, query: Query) -> None:
+        """As Handler. What fails here fails the Attend, which the engine awaits."""
+        began_ns, attended, failure = time.monotonic_ns(), None, None
+        try:
+            attended = self._attend_behind(query)
+        except Exception as error:
+            failure = error
+        self._begun = _Begun(query, attended, failure, time.monotonic_ns() - began_ns)
+
     def attend(self, attend: Attend) -> Result:
         """As Handler."""
-        assert self._tier is not None, "attends follow a hello"
-        if not 0 <= attend.site < self._tier.num_sites:
-            raise ConfigError(f"site {attend.site}; allowed: below {self._tier.num_sites}")
-        if attend.layout not in self._layouts:
-            raise ConfigError(f"an attend with layout {attend.layout}; allowed: one that was sent before")
+        tier, layouts = self._called(attend)
+        begun = self._take_begun(attend)
         site = self._sites[attend.site]
-        sent = [array for array in (attend.q, attend.k, attend.v) if array is not None]
-        arrays, dtype = site.unpack(sent, shares_pool=self._tier.shares_pool[attend.site])
-        began_ns = time.monotonic_ns()
-        out = site.pack(on_host(self._tier.attend(attend.site, self._layouts[attend.layout], arrays, dtype)))
+        sent = [array for array in (begun.call.q, attend.k, attend.v) if array is not None]
+        arrays, dtype = site.unpack(sent, shares_pool=tier.shares_pool[attend.site])
+        began_ns = time.monotonic_ns() - begun.busy_ns
+        out = site.pack(on_host(tier.attend(attend.site, layouts, arrays, dtype, begun.attended)))
         return Result(request_id=attend.request_id, out=out, began_ns=began_ns, ended_ns=time.monotonic_ns())
+
+    def _attend_behind(self, query: Query) -> Any:
+        tier, layouts = self._called(query)
+        site = self._sites[query.site]
+        if not isinstance(site, DescribedSite) or tier.shares_pool[query.site]:
+            raise ConfigError(f"q of site {query.site} alone; allowed: of sites that keep k and v, and have a kernel")
+        (q,), dtype = site.unpack([query.q], shares_pool=True)
+        return tier.attend_behind(query.site, layouts, q, dtype)
+
+    def _called(self, call: Attend | Query) -> tuple[AttentionTier, Any]:
+        """The tier, and the call's layouts there."""
+        assert self._tier is not None, "calls follow a hello"
+        if not 0 <= call.site < self._tier.num_sites:
+            raise ConfigError(f"site {call.site}; allowed: below {self._tier.num_sites}")
+        if call.layout not in self._layouts:
+            raise ConfigError(f"a call with layout {call.layout}; allowed: one that was sent before")
+        return self._tier, self._layouts[call.layout]
+
+    def _take_begun(self, attend: Attend) -> _Begun:
+        """What the Query before this Attend has begun; nothing, where q came with it."""
+        begun, self._begun = self._begun or _Begun(attend), None
+        if begun.failure is not None:
+            raise begun.failure
+        queried, call = begun.call, (attend.site, attend.layout)
+        if (queried.site, queried.layout) != call or (queried is attend) == (attend.q is None):
+            raise ConfigError(f"an attend without q, or with one that came; allowed: the query of {call} before, or q")
+        return begun
 
     def release(self, release: Release) -> None:
         """As Handler: nothing, as the engine gives pages away again itself."""

@@ -50,6 +50,7 @@ class WorkerSession:
       secret: shared with the worker; None for loopback.
       tls: of this side; None: no TLS.
       step_timeout_s: a worker that has calls to answer and answers none for so long is lost, connected or not.
+      query_ahead_s: as of EngineConfig.
       window: of the plan.
     Raises:
       WorkerError: nobody is there, or refuses.
@@ -63,13 +64,14 @@ class WorkerSession:
         tls: ssl.SSLContext | None,
         *,
         step_timeout_s: float,
+        query_ahead_s: float,
         window: int | None,
     ) -> None:
         self.address, self.sites = address, hello.sites
         host, port = split_address(address)
         self._client: WorkerClient = self._guard(lambda: connect(host, port, hello, secret=secret, tls=tls))
         weakref.finalize(self, self._client.close)  # its threads would keep it for ever
-        self._step_timeout_s = step_timeout_s
+        self._step_timeout_s, self._query_ahead_s = step_timeout_s, query_ahead_s
         self._failure: str | None = None
         self._free_slots = list(range(MAX_LAYOUTS))
         self.times = CallTimes()
@@ -126,14 +128,22 @@ class WorkerSession:
         """As PlacedRows."""
         q, *kept = inputs
         k, v = kept or (None, None)
+        # q leaves before k and v where the worker can do something while these are on their way.
+        ahead = bool(kept) and self.times.transfer_s(sum(array.nbytes for array in kept)) >= self._query_ahead_s
         began_s = time.monotonic()
-        answer = self._unless_lost(lambda: self._client.attend(site=site, layout=share.slot, q=q, k=k, v=v))
-        sent = Sent(began_s, time.monotonic(), sum(array.nbytes for array in inputs))
+        answer = self._unless_lost(
+            lambda: self._client.attend(site=site, layout=share.slot, q=q, k=k, v=v, ahead=ahead)
+        )
+        sent = Sent(began_s, time.monotonic(), sum(array.nbytes for array in inputs), ahead)
         return Call(self, answer, sent, (len(q), *row_shape), q.dtype, share.work)
 
-    def observe(self, work: Work | None, *, trip_s: float, began_ns: int, ended_ns: int) -> None:
-        """A call is back, `trip_s` after it was sent."""
-        self.times.observe(trip_s=trip_s, began_ns=began_ns, ended_ns=ended_ns)
+    def observe(self, work: Work | None, *, trip_s: float, began_ns: int, ended_ns: int, num_bytes: int) -> None:
+        """A call is back, `trip_s` after it was sent. num_bytes: as of CallTimes."""
+        latency_s = self._client.round_trip_s
+        times = {"trip_s": trip_s, "began_ns": began_ns, "ended_ns": ended_ns}
+        if latency_s is None:
+            num_bytes, latency_s = 0, 0.0  # what the bytes took cannot be told yet
+        self.times.observe(**times, num_bytes=num_bytes, latency_s=latency_s)
         if work is not None:
             self._meter.observe(work, began_ns=began_ns, ended_ns=ended_ns)
 
@@ -214,11 +224,12 @@ class WorkerSession:
 
 
 class Sent(NamedTuple):
-    """When a request was sent, by the monotonic clock, and its bytes."""
+    """When a request was sent, by the monotonic clock, its bytes, and whether q went ahead."""
 
     begin_s: float
     end_s: float
     num_bytes: int
+    ahead: bool
 
 
 class Call:
@@ -257,7 +268,9 @@ class Call:
             seen, allowed = f"{out.dtype}{out.shape}", f"{self._dtype}{self._shape}"
             raise WorkerError(f"worker {self._session.address} answered {seen}; allowed: {allowed}")
         worked = {"began_ns": result.began_ns, "ended_ns": result.ended_ns}
-        self._session.observe(self._work, trip_s=answer.done_at_s - self._sent.begin_s, **worked)
+        moved = 0 if self._sent.ahead else self._sent.num_bytes + out.nbytes
+        trip_s = answer.done_at_s - self._sent.begin_s
+        self._session.observe(self._work, trip_s=trip_s, num_bytes=moved, **worked)
         if self._trace is not None:
             trace, name = self._trace
             ours = {"begin_s": self._sent.begin_s, "sent_s": self._sent.end_s, "done_s": answer.done_at_s}

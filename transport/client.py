@@ -34,6 +34,7 @@ from transport.messages import (
     Pages,
     Ping,
     Pong,
+    Query,
     Release,
     Result,
     Stats,
@@ -84,14 +85,25 @@ class WorkerClient:
         self._send(Layout(slot=slot, arrays=arrays))
 
     def attend(
-        self, *, site: int, layout: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None
+        self,
+        *,
+        site: int,
+        layout: int,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        ahead: bool = False,
     ) -> Answer[Result]:
-        """Send an Attend; blocks only while the worker takes no more bytes.
+        """Send an Attend; blocks only while the worker takes no more bytes. ahead: q goes in a Query of its own before.
 
         The answer raises RemoteError where the worker's handler failed.
         """
+        if ahead:
+            self._check()
+            self._send(Query(site=site, layout=layout, q=q))
         request_id = next(self._ids)
-        return self._ask(request_id, Attend(request_id=request_id, site=site, layout=layout, q=q, k=k, v=v))
+        left = None if ahead else q
+        return self._ask(request_id, Attend(request_id=request_id, site=site, layout=layout, q=left, k=k, v=v))
 
     def stats(self) -> Answer[Stats]:
         """Ask for the worker's figures."""

@@ -10,7 +10,7 @@ from transport.buffers import Tensor
 from transport.errors import RefusedError, VersionError
 from transport.header import Scalar
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_LAYOUTS = 64
 MAX_PAGES_BYTES = 128 << 20  # of pages in one message
 
@@ -52,19 +52,28 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Query:
+    """q of the Attend that comes next, so that attention over what is cached begins before k and v are there."""
+
+    site: int
+    layout: int
+    q: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Attend:
     """Append k and v to the cache of `site`, then attend with q; answered by a Result.
 
     layout: slot of the call's Layout, which all sites of a microbatch share.
     q: [rows, heads, head_dim]; k: [rows, kv_heads, head_dim]; v: [rows, kv_heads, v_head_dim], in the wire's dtype.
-      Without k and v, attend over what is cached; or, for a site that came as a program, [rows, bytes] uint8 of all
-      that it takes.
+      Without q, that of the Query right before. Without k and v, attend over what is cached; or, for a site that came
+      as a program, [rows, bytes] uint8 of all that it takes.
     """
 
     request_id: int
     site: int
     layout: int
-    q: Tensor
+    q: Tensor | None
     k: Tensor | None = None
     v: Tensor | None = None
 
@@ -75,7 +84,7 @@ class Result:
 
     out: [rows, heads, v_head_dim], or [rows, bytes] uint8 of a program.
     log_sum_exp: [rows, heads], where parts will be merged.
-    began_ns, ended_ns: of the worker's work, by its own clock.
+    began_ns, ended_ns: of the worker's work, by its own clock; that on a Query counts as if done right before.
     """
 
     request_id: int
@@ -179,6 +188,7 @@ Message: TypeAlias = (
     | FetchPages
     | Pages
     | StorePages
+    | Query
 )
 
 # By number on the wire, from 1; append only.
@@ -197,6 +207,7 @@ MESSAGE_TYPES: tuple[type[Message], ...] = (
     FetchPages,
     Pages,
     StorePages,
+    Query,
 )
 
 

@@ -28,6 +28,7 @@ from transport.messages import (
     Pages,
     Ping,
     Pong,
+    Query,
     Release,
     Result,
     Stats,
@@ -49,8 +50,8 @@ class Handler(Protocol):
     """What a worker does with messages. One thread at a time calls it.
 
     What `attend`, `fetch_pages` and `stats` raise goes to the engine as a RemoteError, and the session goes on; what
-    `hello`, `layout`, `release` and `store_pages` raise ends it. Arrays in messages are views of receive buffers: they
-    stay valid as long as they are held.
+    `hello`, `layout`, `query`, `release` and `store_pages` raise ends it. Arrays in messages are views of receive
+    buffers: they stay valid as long as they are held.
     """
 
     def hello(self, hello: Hello) -> Hello:
@@ -66,6 +67,10 @@ class Handler(Protocol):
 
     def layout(self, layout: Layout) -> None:
         """Keep the layout of Attends to come in its slot."""
+        ...
+
+    def query(self, query: Query) -> None:
+        """Begin with q of the Attend to come, or keep it."""
         ...
 
     def attend(self, attend: Attend) -> Result:
@@ -276,6 +281,8 @@ def _answer(handler: Handler, message: Message) -> Message | None:
             if slot >= MAX_LAYOUTS:
                 raise FrameError(f"a layout for slot {slot}; allowed: below {MAX_LAYOUTS}")
             return handler.layout(message)
+        case Query():
+            return handler.query(message)
         case Release():
             return handler.release(message)
         case FetchPages():
@@ -290,8 +297,8 @@ def _answer(handler: Handler, message: Message) -> Message | None:
             raise ConnectionLostError(f"the engine ended the connection: {message.text}")
         case _:
             raise FrameError(
-                f"an engine sent {type(message).__name__}; allowed: Hello, Attend, Layout, Release, FetchPages, "
-                "StorePages, StatsRequest, Ping"
+                f"an engine sent {type(message).__name__}; allowed: Hello, Attend, Layout, Query, Release, "
+                "FetchPages, StorePages, StatsRequest, Ping"
             )
 
 

@@ -134,7 +134,7 @@ class Run {
         kernels_(kernels),
         plan_(std::move(plan)),
         pending_(new std::atomic<int32_t>[plan_.pending.size() * call.kv_heads]),
-        appends_((call.rows + kAppendRows - 1) / kAppendRows),
+        appends_((call.appended + kAppendRows - 1) / kAppendRows),
         attends_(static_cast<int64_t>(plan_.items.size())) {
     for (size_t i = 0; i < plan_.pending.size(); ++i)
       for (int64_t head = 0; head < call.kv_heads; ++head)
@@ -146,7 +146,7 @@ class Run {
     FlushSubnormals flush;
     for (int64_t task; (task = appends_.take(worker % 2 == 0)) >= 0;) {
       const int64_t begin = task * kAppendRows;
-      kernels_.append(call_, begin, std::min(begin + kAppendRows, call_.rows));
+      kernels_.append(call_, begin, std::min(begin + kAppendRows, call_.appended));
       done(&appended_);
     }
     wait_for(&appended_, appends_.count());
@@ -220,7 +220,11 @@ bool kv_type_of(ffi::DataType type, KvType* kv, int64_t* per_word, int64_t* size
 bool is_float(ffi::DataType type) { return type == ffi::DataType::F32 || type == ffi::DataType::BF16; }
 
 struct Buffers {
-  ffi::AnyBuffer kv, q, k, v, page_table, first_row, num_rows, context, row_slot, slopes, sinks;
+  ffi::AnyBuffer kv, q, k, v, page_table, first_row, num_rows, context, row_slot, slopes, sinks, begun;
+};
+
+struct Outputs {
+  ffi::Result<ffi::AnyBuffer> kv, out, lse, ended;
 };
 
 // Checks every shape that a kernel relies on and fills the call; returns what does not fit.
@@ -240,10 +244,11 @@ std::string describe(const Buffers& b, int64_t page_size, Call* c) {
   if (page_size < 1) return "page_size is " + std::to_string(page_size) + "; allowed: 1 and above";
   c->q_bf16 = b.q.element_type() == ffi::DataType::BF16;
   c->kv_bf16 = b.k.element_type() == ffi::DataType::BF16;
-  c->rows = q[0], c->heads = q[1], c->dim = q[2], c->kv_heads = k[1], c->v_dim = v[2];
+  c->rows = q[0], c->heads = q[1], c->dim = q[2], c->appended = k[0], c->kv_heads = k[1], c->v_dim = v[2];
   if (c->kv_heads < 1 || c->heads < 1 || c->heads % c->kv_heads || c->dim < 1 || c->v_dim < 1)
     return "q " + shape_of(b.q) + " does not fit k " + shape_of(b.k);
-  if (!is(b.k, {c->rows, c->kv_heads, c->dim}) || !is(b.v, {c->rows, c->kv_heads, c->v_dim}))
+  if (c->appended && c->appended != c->rows) return "k " + shape_of(b.k) + " has neither q's rows nor none";
+  if (!is(b.k, {c->appended, c->kv_heads, c->dim}) || !is(b.v, {c->appended, c->kv_heads, c->v_dim}))
     return "k " + shape_of(b.k) + " and v " + shape_of(b.v) + " do not fit q " + shape_of(b.q);
   c->group = c->heads / c->kv_heads;
   c->dim_pad = round_up(c->dim, per_word), c->v_pad = round_up(c->v_dim, kBlock);
@@ -258,7 +263,7 @@ std::string describe(const Buffers& b, int64_t page_size, Call* c) {
   const int64_t sequences = b.first_row.element_count();
   if (b.page_table.dimensions().size() != 2 || b.page_table.dimensions()[0] != sequences ||
       !is(b.first_row, {sequences}) || !is(b.num_rows, {sequences}) || !is(b.context, {sequences}) ||
-      !is(b.row_slot, {c->rows}))
+      !is(b.row_slot, {c->appended}))
     return "the layout's arrays disagree on the number of sequences or rows";
   if (c->num_pages * page_size > INT32_MAX) return "the pool has more slots than an int32 counts";
   for (const auto* list : {&b.slopes, &b.sinks})
@@ -271,23 +276,52 @@ std::string describe(const Buffers& b, int64_t page_size, Call* c) {
   return "";
 }
 
-ffi::Error run(ffi::ThreadPool pool, const Buffers& b, ffi::Result<ffi::AnyBuffer> kv_out,
-               ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse, float scale, float softcap,
-               int64_t window, int64_t page_size, int64_t max_threads, std::string_view isa) {
+// The same for the outputs. Which of them are asked for, and whether there is something to begin with, says which part
+// of the tiles the call is for.
+std::string describe_outputs(const Buffers& b, Outputs& o, Call* c) {
+  const int64_t length = c->v_pad + kPartialTail;
+  c->part = o.ended->element_count() ? Part::kBehind : b.begun.element_count() ? Part::kRest : Part::kAll;
+  for (const ffi::AnyBuffer& partial : {b.begun, *o.ended})
+    if (partial.element_type() != ffi::DataType::F32 ||
+        (partial.element_count() && !is(partial, {c->rows, c->heads, length})))
+      return "what a call ends or begins with must be float32 [rows, heads, " + std::to_string(length) + "] or [0]";
+  const bool wants_lse = o.lse->element_count() > 0;
+  if (o.lse->element_type() != ffi::DataType::F32 || (wants_lse && !is(*o.lse, {c->rows, c->heads})))
+    return "the log-sum-exp output must be float32 [rows, heads]";
+  c->ended = static_cast<float*>(o.ended->untyped_data());
+  c->begun = static_cast<const float*>(b.begun.untyped_data());
+  c->out = o.out->untyped_data(), c->lse = wants_lse ? static_cast<float*>(o.lse->untyped_data()) : nullptr;
+  if (c->part == Part::kBehind) return c->appended || wants_lse ? "a call that ends early appends and outputs nothing" : "";
+  if (!is(*o.out, {c->rows, c->heads, c->v_dim}) || o.out->element_type() != b.q.element_type())
+    return "the output " + shape_of(*o.out) + " must be [rows, heads, v_dim] in q's type";
+  return o.kv->untyped_data() == c->pool ? "" : "the pool must be aliased to the output";
+}
+
+// Rows of no item: nothing was seen.
+void write_lone_row(const Call& call, int64_t row) {
+  if (call.part == Part::kBehind) {
+    const int64_t length = call.v_pad + kPartialTail;
+    for (float *at = call.ended + row * call.heads * length, *end = at + call.heads * length; at < end; at += length) {
+      std::fill_n(at, length, 0.0f);
+      at[call.v_pad] = kLowest;
+    }
+    return;
+  }
+  const int64_t row_bytes = call.heads * call.v_dim * (call.q_bf16 ? 2 : 4);
+  std::memset(static_cast<char*>(call.out) + row * row_bytes, 0, row_bytes);
+  if (call.lse) std::fill_n(call.lse + row * call.heads, call.heads, -__builtin_inff());
+}
+
+ffi::Error run(ffi::ThreadPool pool, const Buffers& b, Outputs o, float scale, float softcap, int64_t window,
+               int64_t page_size, int64_t max_threads, std::string_view isa) {
   Call call{};
   std::string error = describe(b, page_size, &call);
+  if (error.empty()) error = describe_outputs(b, o, &call);
   if (!error.empty()) return refuse(error);
   if (window < 0 || max_threads < 0) return refuse("window and threads must not be negative");
-  if (!is(*out, {call.rows, call.heads, call.v_dim}) || out->element_type() != b.q.element_type())
-    return refuse("the output " + shape_of(*out) + " must be [rows, heads, v_dim] in q's type");
-  const bool wants_lse = lse->element_count() > 0;
-  if (lse->element_type() != ffi::DataType::F32 || (wants_lse && !is(*lse, {call.rows, call.heads})))
-    return refuse("the log-sum-exp output must be float32 [rows, heads]");
-  if (kv_out->untyped_data() != call.pool) return refuse("the pool must be aliased to the output");
   const Kernels* kernels = find_kernels(name_of(isa));
   if (!kernels) return refuse("this machine runs no kernels \"" + name_of(isa) + "\"; allowed: " + usable_names());
   call.scale = scale, call.softcap = softcap, call.window = window;
-  call.out = out->untyped_data(), call.lse = wants_lse ? static_cast<float*>(lse->untyped_data()) : nullptr;
 
   int64_t threads = std::max<int64_t>(1, pool.num_threads());
   if (max_threads) threads = std::min(threads, max_threads);
@@ -299,12 +333,7 @@ ffi::Error run(ffi::ThreadPool pool, const Buffers& b, ffi::Result<ffi::AnyBuffe
   Plan plan;
   error = make_plan(call, tables, static_cast<int>(threads), &plan);
   if (!error.empty()) return refuse(error);
-  const int64_t row_bytes = call.heads * call.v_dim * (call.q_bf16 ? 2 : 4);
-  for (int32_t row : plan.lone_rows) {
-    std::memset(static_cast<char*>(call.out) + row * row_bytes, 0, row_bytes);
-    if (call.lse)
-      for (int64_t head = 0; head < call.heads; ++head) call.lse[row * call.heads + head] = -__builtin_inff();
-  }
+  for (int32_t row : plan.lone_rows) write_lone_row(call, row);
   std::unique_ptr<float, decltype(&std::free)> partials(nullptr, &std::free);
   if (plan.partials) {
     const int64_t floats = plan.partials * call.heads * (call.v_pad + kPartialTail);
@@ -324,12 +353,13 @@ ffi::Error run(ffi::ThreadPool pool, const Buffers& b, ffi::Result<ffi::AnyBuffe
 ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer kv, ffi::AnyBuffer q, ffi::AnyBuffer k,
                            ffi::AnyBuffer v, ffi::AnyBuffer page_table, ffi::AnyBuffer first_row,
                            ffi::AnyBuffer num_rows, ffi::AnyBuffer context, ffi::AnyBuffer row_slot,
-                           ffi::AnyBuffer slopes, ffi::AnyBuffer sinks, ffi::Result<ffi::AnyBuffer> kv_out,
-                           ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> lse, float scale, float softcap,
-                           int64_t window, int64_t page_size, int64_t threads, std::string_view isa) {
+                           ffi::AnyBuffer slopes, ffi::AnyBuffer sinks, ffi::AnyBuffer begun,
+                           ffi::Result<ffi::AnyBuffer> kv_out, ffi::Result<ffi::AnyBuffer> out,
+                           ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> ended, float scale,
+                           float softcap, int64_t window, int64_t page_size, int64_t threads, std::string_view isa) {
   try {
-    return run(pool, {kv, q, k, v, page_table, first_row, num_rows, context, row_slot, slopes, sinks}, kv_out, out, lse,
-               scale, softcap, window, page_size, threads, isa);
+    return run(pool, {kv, q, k, v, page_table, first_row, num_rows, context, row_slot, slopes, sinks, begun},
+               {kv_out, out, lse, ended}, scale, softcap, window, page_size, threads, isa);
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "paged_attention: out of memory");
   }
@@ -365,9 +395,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hetero_paged_attention, hetero_jax::paged_attentio
                                   .Arg<xla::ffi::AnyBuffer>()  // row_slot
                                   .Arg<xla::ffi::AnyBuffer>()  // slopes
                                   .Arg<xla::ffi::AnyBuffer>()  // sinks
+                                  .Arg<xla::ffi::AnyBuffer>()  // begun
                                   .Ret<xla::ffi::AnyBuffer>()  // kv
                                   .Ret<xla::ffi::AnyBuffer>()  // out
                                   .Ret<xla::ffi::AnyBuffer>()  // log-sum-exp
+                                  .Ret<xla::ffi::AnyBuffer>()  // ended
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap")
                                   .Attr<int64_t>("window")

@@ -19,11 +19,13 @@ constexpr int kItemVectors = 256;
 constexpr int kPassVectors = 64;
 // Floats behind a partial's values: its max and its sum, and room to stay aligned.
 constexpr int kPartialTail = 16;
+// Max of no scores.
+constexpr float kLowest = -3.402823466e38f;
 
 struct QueryRow {
   int32_t row;         // of q and of the output
   int32_t position;    // in its sequence: the last key it sees
-  int32_t first_tile;  // that it sees a key of
+  int32_t first_tile;  // of those that this call passes over, that it sees a key of
   int32_t last_tile;
   int32_t folded;   // tiles [first_tile, folded) are one partial, that of first_tile
   int64_t partial;  // partials of (tile, head) are at (partial + tile) * kv_heads + head; unused where complete
@@ -41,10 +43,17 @@ struct Item {
   bool folds;     // complete, or covers the first tiles of all its rows: they become one partial
 };
 
+// Which tiles a call passes over. A sequence's rows may be attended to in two calls, so that q need not wait for k and v:
+// those behind the tile in which its rows begin, and then, from where that ended, the rest. Together they give the bits
+// of one call, for the tiles are folded in the same order.
+enum class Part { kAll, kBehind, kRest };
+
 struct Call {
   KvType kv;
+  Part part;
   bool q_bf16, kv_bf16;  // types of q and the output, and of the incoming k and v
   int64_t rows, heads, kv_heads, group;
+  int64_t appended;  // rows of k and v: all or none
   int64_t dim, dim_pad, v_dim, v_pad;  // padded as the pool is
   int64_t num_pages, page_size, page_blocks;
   // A page is its heads, one after the other; a head is, for int8, the scales of its keys and those of its values, and
@@ -58,6 +67,9 @@ struct Call {
   const float *slopes, *sinks;  // [heads] or null
   void* out;
   float* lse;  // [rows, heads] or null
+  // [rows, heads, v_pad + kPartialTail] values, max and sum so far, of Part kBehind: where it ends, and kRest begins.
+  float* ended;
+  const float* begun;
   float* partials;
 };
 

@@ -204,9 +204,8 @@ class ItemRun {
       if (row.position > last_position) last_position = row.position;
       const float unit = encode_query<T>(c, (row.row * c.heads + query_head) * c.dim, state.q + m * query_length<T>(c));
       state.vector[m] = {row.position, c.slopes ? c.slopes[query_head] * kLog2E : 0.0f, c.scale * unit * kLog2E};
-      state.top[m] = kLowest, state.sum[m] = 0;
+      if (item.folds) begin_output(c, row.row, query_head, state.values + m * c.v_pad, state.top + m, state.sum + m);
     }
-    if (item.folds) __builtin_memset(state.values, 0, vectors * c.v_pad * 4);
   }
 
   // Calls f(Size, first vector, first block, end). All vectors pass over a chunk of so many blocks before the next one is
@@ -263,9 +262,7 @@ class ItemRun {
 
   // Writes vector m's partial of a tile where `finish` will find it.
   void keep(int t, int head, int m, const float* values, float top, float sum) {
-    float* to = partial_of(c, item.rows[m / c.group], t, head) + m % c.group * (c.v_pad + kPartialTail);
-    __builtin_memcpy(to, values, c.v_pad * sizeof(float));
-    to[c.v_pad] = top, to[c.v_pad + 1] = sum;
+    put_partial(c, partial_of(c, item.rows[m / c.group], t, head) + m % c.group * partial_length(c), values, top, sum);
   }
 
   const Call& c;

@@ -46,7 +46,7 @@ std::string check_sequence(const Call& call, const Tables& tables, int64_t s, st
 }
 
 std::string check(const Call& call, const Tables& tables, std::vector<bool>* taken) {
-  for (int64_t row = 0; row < call.rows; ++row)
+  for (int64_t row = 0; row < call.appended; ++row)
     if (call.row_slot[row] < 0) return text("slot ", call.row_slot[row], " of row ", row, " is negative");
   for (int64_t s = 0; s < tables.sequences; ++s) {
     std::string error = check_sequence(call, tables, s, taken);
@@ -55,14 +55,22 @@ std::string check(const Call& call, const Tables& tables, std::vector<bool>* tak
   return "";
 }
 
+// The tiles of a sequence that the call passes over: [first, end).
+std::pair<int64_t, int64_t> tiles_of(const Call& call, const Tables& tables, int64_t s) {
+  const int64_t context = tables.context[s], own = tile_of(call, context - tables.num_rows[s]);
+  return {call.part == Part::kRest ? own : 0, call.part == Part::kBehind ? own : tile_of(call, context - 1) + 1};
+}
+
 void add_rows(const Call& call, const Tables& tables, int64_t s, Plan* plan) {
-  const int64_t count = tables.num_rows[s], context = tables.context[s];
+  const int64_t count = tables.num_rows[s];
+  const auto [begin, end] = tiles_of(call, tables, s);
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t position = context - count + r;
+    const int64_t position = tables.context[s] - count + r;
     const int64_t oldest = call.window ? std::max<int64_t>(0, position - call.window + 1) : 0;
-    const int32_t first_tile = static_cast<int32_t>(tile_of(call, oldest));
-    plan->rows.push_back({static_cast<int32_t>(tables.first_row[s] + r), static_cast<int32_t>(position), first_tile,
-                          static_cast<int32_t>(tile_of(call, position)), first_tile, 0});
+    const auto first = static_cast<int32_t>(std::clamp(tile_of(call, oldest), begin, end));
+    const auto last = static_cast<int32_t>(std::min(tile_of(call, position), end - 1));
+    plan->rows.push_back(
+        {static_cast<int32_t>(tables.first_row[s] + r), static_cast<int32_t>(position), first, last, first, 0});
   }
 }
 
@@ -82,8 +90,8 @@ class Sharing {
       : call_(call), tables_(tables), item_rows_(std::max<int64_t>(1, kItemVectors / call.group)) {
     for (int64_t s = 0; s < tables.sequences; ++s)
       if (tables.num_rows[s]) order_.push_back(s);
-    // Equal beginnings become neighbours. Behind a window they are skipped, not shared.
-    if (!call.window) std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return before(a, b); });
+    // Equal beginnings become neighbours.
+    if (shares()) std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return before(a, b); });
     for (int64_t s : order_) {
       begins_.push_back(static_cast<int64_t>(plan->rows.size()));
       add_rows(call, tables, s, plan);
@@ -105,13 +113,17 @@ class Sharing {
                                         table + b * width + held(b));
   }
 
+  // Behind a window beginnings are skipped, not shared; and the rest of what began in another call has none.
+  bool shares() const { return !call_.window && call_.part != Part::kRest; }
+
   // Tiles that sequences i and j have in common, whole and from the first on.
   int64_t common_tiles(size_t i, size_t j) const {
-    if (call_.window) return 0;
+    if (!shares()) return 0;
     const int64_t context = std::min(tables_.context[order_[i]], tables_.context[order_[j]]);
     const int64_t whole = context / call_.page_size;
     const auto differ = std::mismatch(pages(i), pages(i) + whole, pages(j)).first;
-    return (differ - pages(i)) * call_.page_blocks / kTileBlocks;
+    const int64_t passed = std::min(tiles_of(call_, tables_, order_[i]).second, tiles_of(call_, tables_, order_[j]).second);
+    return std::min((differ - pages(i)) * call_.page_blocks / kTileBlocks, passed);
   }
 
   // Spans of sequences [i, j), which have their first `from` tiles in common, over the tiles behind those.
@@ -201,6 +213,7 @@ void place_partials(std::vector<Span>* spans, Plan* plan) {
   }
   for (size_t r = 0; r < plan->rows.size(); ++r) {
     QueryRow& row = plan->rows[r];
+    if (plan->pending[r] == 0) plan->lone_rows.push_back(row.row);
     if (!waits[r]) {
       plan->pending[r] = 0;
       continue;

@@ -19,7 +19,7 @@ struct Tables {
 struct Plan {
   std::vector<QueryRow> rows;        // of every sequence, one after the other
   std::vector<Item> items;           // first those that compute (prefill), then those that stream (decode)
-  std::vector<int32_t> lone_rows;    // rows of no sequence: their output is 0
+  std::vector<int32_t> lone_rows;    // rows that no item is for, as of no sequence: their output is 0
   std::vector<int32_t> item_first;   // [items] index of the item's first row in `rows`
   std::vector<int32_t> pending;      // [rows] items that each head of a row waits for; 0 where one item does all
   int64_t partials = 0;              // (row, tile) places for partials

@@ -178,8 +178,29 @@ static __attribute__((noinline)) void fold_values(int64_t v_pad, float* values, 
 
 static float log_scalar(float x) { return __builtin_logf(x); }
 
+// A partial: values, max and sum.
+static int64_t partial_length(const Call& c) { return c.v_pad + kPartialTail; }
+
+static void put_partial(const Call& c, float* to, const float* values, float top, float sum) {
+  __builtin_memcpy(to, values, c.v_pad * sizeof(float));
+  to[c.v_pad] = top, to[c.v_pad + 1] = sum;
+}
+
+static void get_partial(const Call& c, const float* from, float* values, float* top, float* sum) {
+  __builtin_memcpy(values, from, c.v_pad * sizeof(float));
+  *top = from[c.v_pad], *sum = from[c.v_pad + 1];
+}
+
+// What is known of one head of a row before its first tile.
+static void begin_output(const Call& c, int64_t row, int64_t head, float* values, float* top, float* sum) {
+  if (c.part == Part::kRest) return get_partial(c, c.begun + (row * c.heads + head) * partial_length(c), values, top, sum);
+  __builtin_memset(values, 0, c.v_pad * sizeof(float));
+  *top = kLowest, *sum = 0;
+}
+
 // Divides by the sum and writes one head of one row.
 static void write_output(const Call& c, int64_t row, int64_t head, float top, float sum, float* values) {
+  if (c.part == Part::kBehind) return put_partial(c, c.ended + (row * c.heads + head) * partial_length(c), values, top, sum);
   if (c.sinks) {
     const float sink = c.sinks[head] * kLog2E;
     const float highest = top > sink ? top : sink;
@@ -201,20 +222,18 @@ static void write_output(const Call& c, int64_t row, int64_t head, float top, fl
 }
 
 static float* partial_of(const Call& c, const QueryRow& row, int tile, int head) {
-  return c.partials + ((row.partial + tile) * c.kv_heads + head) * c.group * (c.v_pad + kPartialTail);
+  return c.partials + ((row.partial + tile) * c.kv_heads + head) * c.group * partial_length(c);
 }
 
 static void finish(const Call& c, const QueryRow& row, int head) {
-  const int64_t stride = c.v_pad + kPartialTail;
+  const int64_t stride = partial_length(c);
   float* values = (float*)thread_scratch(c.v_pad * 4);
   for (int64_t g = 0; g < c.group; ++g) {
-    float top[kWidth] = {kLowest}, sum[kWidth] = {};
-    __builtin_memset(values, 0, c.v_pad * 4);
-    if (row.folded > row.first_tile) {
-      const float* begun = partial_of(c, row, row.first_tile, head) + g * stride;
-      __builtin_memcpy(values, begun, c.v_pad * 4);
-      top[0] = begun[c.v_pad], sum[0] = begun[c.v_pad + 1];
-    }
+    float top[kWidth] = {}, sum[kWidth] = {};
+    if (row.folded > row.first_tile)
+      get_partial(c, partial_of(c, row, row.first_tile, head) + g * stride, values, top, sum);
+    else
+      begin_output(c, row.row, head * c.group + g, values, top, sum);
     for (int tile = row.folded; tile <= row.last_tile; ++tile) {
       const float* more = partial_of(c, row, tile, head) + g * stride;
       TileSums sums;

@@ -20,7 +20,6 @@ namespace {
 using namespace hetero_jax;
 
 constexpr int kBlockVectors = kBlock / kWidth;  // registers for a block's tokens
-constexpr float kLowest = -3.402823466e38f;
 // How the memory is read, all measured: how far ahead it is fetched at least (less leaves it idle, more is lost again), how
 // many blocks of keys and bytes of values all vectors pass over before the next, lines fetched with a register of weights.
 constexpr int64_t kAheadBytes = 8 << 10;

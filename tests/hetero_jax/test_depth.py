@@ -30,6 +30,21 @@ def test_the_least_time_on_the_wire_counts_of_calls_that_found_the_worker_idle()
     assert times.tier2_s == pytest.approx(0.003)
 
 
+def test_bytes_take_what_is_left_of_the_wire_besides_its_latency():
+    times = CallTimes()
+    assert times.transfer_s(10**6) == 0.0  # not known yet
+    for wire_ms, num_bytes in [(30, 10**6), (24, 2 * 10**6), (6, 0)]:  # the last one's went meanwhile
+        began_ns = 50_000_000 * num_bytes
+        times.observe(
+            trip_s=(wire_ms + 3) / 1e3,
+            began_ns=began_ns,
+            ended_ns=began_ns + 3_000_000,
+            num_bytes=num_bytes,
+            latency_s=0.020,
+        )
+    assert times.transfer_s(500_000) == pytest.approx(1e-3)  # 4 ms for 2 MB
+
+
 def test_a_pipeline_finds_its_depth_and_follows_a_wire_that_changes():
     """A simulated one: a stage takes tier 1 a part that is fixed and one by rows, and so does tier 2."""
     rule, seen = DepthRule(), []

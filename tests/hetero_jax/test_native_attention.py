@@ -134,6 +134,17 @@ def test_a_decoded_row_has_the_bits_of_a_prefilled_one(isa, dtype) -> None:
     assert prefilled[-1:].tobytes() == decoded.tobytes()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(sequences, specs, st.sampled_from([1, 5, 16, 24, 128]), st.sampled_from(list(HELD)), st.integers(0, 2**16))
+def test_queries_ahead_of_keys_and_values_change_no_bit(isa, sequences, spec, page_size, dtype, seed) -> None:
+    case = PagedCase(sequences, spec, page_size=page_size, seed=seed)
+    sinks = np.linspace(-1, 2, spec.num_heads, dtype=np.float32)
+    runs = [case.run(DEVICE, dtype=dtype, isa=isa, sinks=sinks, ahead=ahead) for ahead in (False, True)]
+    whole, split = ([row.tobytes() for row in (*out, padding, *lse)] for out, padding, lse in runs)
+    assert split == whole
+
+
 def test_bits_do_not_depend_on_how_a_sequence_stands_among_others() -> None:
     spec = _spec(2, 2, 32, 32)
     together = _bits(PagedCase(MIXED, spec))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from hetero_jax import native_attention
 from hetero_jax.errors import ConfigError
 from hetero_jax.wire import from_wire, on_host, to_wire, wired_shape
 from hetero_jax.worker import TierHandler
 from paged_case import PagedCase, Sequence
 from partition import AttentionSpec
-from transport import Attend, Hello, Layout
+from transport import Attend, Hello, Layout, Query
 
 SPEC = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=24, v_head_dim=16, scale=24**-0.5)
 
@@ -67,7 +69,19 @@ def test_attention_of_rows_from_the_wire(dtype, rms):
         assert np.sqrt(np.mean((out - far) ** 2) / np.mean(far**2)) < rms
 
 
-def _by_handler(case: PagedCase, dtype: str) -> list[np.ndarray]:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("native", [True, False])
+def test_queries_that_come_ahead_change_no_bit(dtype, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(native_attention, "refusal", lambda **_: "it is not to be used")
+    case = PagedCase([Sequence(300, 1), Sequence(0, 20), Sequence(260, 9), Sequence(5, 1)], SPEC, padding=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if native else "ignore")  # jax.numpy says that it is slow
+        together, ahead = (_by_handler(case, dtype, ahead=ahead) for ahead in (False, True))
+    assert [rows.tobytes() for rows in ahead] == [rows.tobytes() for rows in together]
+
+
+def _by_handler(case: PagedCase, dtype: str, *, ahead: bool = False) -> list[np.ndarray]:
     """Per sequence the new rows' output, as a worker answers, put back into float32."""
     handler = _handler(case)
     out = np.zeros(0)
@@ -75,14 +89,18 @@ def _by_handler(case: PagedCase, dtype: str) -> list[np.ndarray]:
         layout, *arrays = case.rows(old=old)
         handler.layout(Layout(slot=slot, arrays=_complete(layout)))
         q, k, v = on_host(to_wire([jnp.asarray(array) for array in arrays], dtype))
-        result = handler.attend(Attend(request_id=7, site=0, layout=slot, q=q, k=k, v=v))
+        if ahead:
+            handler.query(Query(site=0, layout=slot, q=q))
+        result = handler.attend(Attend(request_id=7, site=0, layout=slot, q=None if ahead else q, k=k, v=v))
+        assert 0 < result.began_ns < result.ended_ns
         assert result.request_id == 7 and result.out.dtype == q.dtype
         out = from_wire(jnp.asarray(result.out), dtype, "float32")
     firsts = np.cumsum([0, *(sequence.new for sequence in case.sequences)])
     return [np.asarray(out[first : first + new]) for first, (_, new) in zip(firsts, case.sequences, strict=False)]
 
 
-def _handler(case: PagedCase) -> TierHandler:
+def _handler(case: PagedCase, *, sites: int = 1) -> TierHandler:
+    """Its sites share one pool."""
     handler = TierHandler(kv_cache_bytes=1 << 20)
     site = {
         **dataclasses.asdict(case.spec),
@@ -91,7 +109,7 @@ def _handler(case: PagedCase) -> TierHandler:
         "page_size": case.page_size,
         "kv_cache_dtype": "float32",
     }
-    granted = handler.hello(Hello(fingerprint="", generation=1, page_budget=case.num_pages, sites=(site,)))
+    granted = handler.hello(Hello(fingerprint="", generation=1, page_budget=case.num_pages, sites=(site,) * sites))
     assert granted.page_budget == case.num_pages
     return handler
 
@@ -113,7 +131,7 @@ def _complete(layout) -> dict[str, np.ndarray]:
     [
         (np.zeros((4, 6, 24), np.float16), 0, "rows of float16; allowed: bfloat16, float32, int8"),
         (np.zeros((4, 6, 4), np.int8), 0, r"int8 rows \(4, 6, 4\); allowed"),
-        (np.zeros((4, 6, 24), np.float32), 1, "an attend with layout 1; allowed: one that was sent before"),
+        (np.zeros((4, 6, 24), np.float32), 1, "a call with layout 1; allowed: one that was sent before"),
     ],
 )
 def test_rows_and_layouts_that_a_worker_cannot_read_are_named(rows_, layout, message):
@@ -122,3 +140,39 @@ def test_rows_and_layouts_that_a_worker_cannot_read_are_named(rows_, layout, mes
     handler.layout(Layout(slot=0, arrays=_complete(case.rows(old=False)[0])))
     with pytest.raises(ConfigError, match=message):
         handler.attend(Attend(request_id=1, site=0, layout=layout, q=rows_, k=rows_, v=rows_))
+
+
+@pytest.mark.parametrize(
+    ("query", "attend", "message"),
+    [
+        (None, {"q": None}, "an attend without q"),
+        ({}, {}, "or with one that came"),
+        ({"layout": 1}, {"q": None}, r"allowed: the query of \(0, 0\) before"),
+        ({"layout": 5}, {"q": None}, "a call with layout 5; allowed"),
+        ({"site": 1}, {"q": None}, "site 1; allowed: below 1"),
+        ({"q": np.zeros((4, 6, 24), np.float16)}, {"q": None}, "rows of float16; allowed"),
+    ],
+)
+def test_calls_and_queries_that_do_not_belong_together_are_refused(query, attend, message):
+    case = PagedCase([Sequence(0, 4)], SPEC, padding=0)
+    handler = _handler(case)
+    layout, q, k, v = case.rows(old=False)
+    for slot in (0, 1):
+        handler.layout(Layout(slot=slot, arrays=_complete(layout)))
+    if query is not None:
+        handler.query(Query(**{"site": 0, "layout": 0, "q": q, **query}))
+    call = {"request_id": 1, "site": 0, "layout": 0, "k": k, "v": v}
+    with pytest.raises(ConfigError, match=message):
+        handler.attend(Attend(**{**call, "q": q, **attend}))
+    assert handler.attend(Attend(**call, q=q)).out.shape == q.shape[:2] + v.shape[2:]  # as if nothing had been
+
+
+def test_queries_of_sites_that_keep_no_keys_are_refused():
+    case = PagedCase([Sequence(0, 4)], SPEC, padding=0)
+    handler = _handler(case, sites=2)
+    layout, q, k, v = case.rows(old=False)
+    handler.layout(Layout(slot=0, arrays=_complete(layout)))
+    handler.attend(Attend(request_id=1, site=0, layout=0, q=q, k=k, v=v))
+    handler.query(Query(site=1, layout=0, q=q))
+    with pytest.raises(ConfigError, match="q of site 1 alone; allowed: of sites that keep k and v"):
+        handler.attend(Attend(request_id=2, site=1, layout=0, q=None))

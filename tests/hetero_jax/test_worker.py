@@ -17,6 +17,7 @@ from golden import first_difference, golden_rows
 from hetero_jax.cli import main
 from small_model import SmallModel, softmax_attention
 from worker_process import worker_process
+from worker_thread import ThreadWorker
 from zoo_attention import SharedKeysModel
 
 SECRET = "a secret of this job"
@@ -126,6 +127,25 @@ def test_biases_windows_caps_and_sinks_travel_and_a_worker_serves_one_engine_aft
             found = {int(each.id): list(each.token_ids) for each in engine.generate(prompts, sampling)}
             assert found == {n: small.greedy(params, prompt, 12) for n, prompt in enumerate(prompts)}
             del engine  # which ends its session
+
+
+@pytest.mark.parametrize("partition", ["sequence", "head"])
+def test_queries_leave_ahead_and_the_tokens_stay(partition):
+    small, random = SmallModel(), np.random.default_rng(0)
+    params, prompts = small.params(), [random.integers(0, small.vocab, length).tolist() for length in (300, 40, 170)]
+    with ThreadWorker(kv_cache_bytes=2 << 20) as one, ThreadWorker(kv_cache_bytes=2 << 20) as other:
+        config = hj.EngineConfig(
+            workers=(one.address, other.address),
+            kv_partition=partition,
+            wire_dtype="float32",
+            max_num_batched_tokens=64,
+            query_ahead_s=0,
+        )
+        engine = hj.Engine(hj.partition(small, params, max_rows=320), config)
+        sampling = hj.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+        found = {int(each.id): list(each.token_ids) for each in engine.generate(prompts, sampling)}
+        assert one.handler.queries == one.handler.served > 0 and other.handler.queries > 0
+    assert found == {n: small.greedy(params, prompt, 12, max_rows=320) for n, prompt in enumerate(prompts)}
 
 
 def _rounding_attention(q, k, v, positions):

@@ -1,8 +1,8 @@
 """A worker for tests, in a process of its own: argv is the secret in hexadecimal ("" for none). Prints its port.
 
-Site 0 gives back q. Site 1 keeps running sums of k and v in float64, as a cache would, and answers q + sum(k) + sum(v).
-Site 2 sleeps for ever. Site 3 answers the array "rows" of the layout. Other sites fail. Pages of
-one array are kept, and those that were never stored fail. SIGTERM drains it.
+Site 0 gives back q, or that of the Query before. Site 1 keeps running sums of k and v in float64, as a cache would, and
+answers q + sum(k) + sum(v). Site 2 sleeps for ever. Site 3 answers the array "rows" of the layout. Other sites fail.
+Pages of one array are kept, and those that were never stored fail. SIGTERM drains it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from transport import Attend, FetchPages, Hello, Layout, Pages, Release, Result, StorePages, WorkerServer
+from transport import Attend, FetchPages, Hello, Layout, Pages, Query, Release, Result, StorePages, WorkerServer
 from transport.errors import RefusedError
 
 
@@ -23,6 +23,7 @@ class EchoHandler:
         self.total, self.released, self.sessions = np.zeros(()), 0, 0
         self.layouts: dict[int, Mapping[str, np.ndarray]] = {}
         self.pages: dict[int, np.ndarray] = {}
+        self.queries: list[Query] = []
 
     def hello(self, hello: Hello) -> Hello:
         if hello.page_budget > 1000:
@@ -34,9 +35,12 @@ class EchoHandler:
     def layout(self, layout: Layout) -> None:
         self.layouts[layout.slot] = layout.arrays
 
+    def query(self, query: Query) -> None:
+        self.queries.append(query)
+
     def attend(self, attend: Attend) -> Result:
         if attend.site == 0:
-            return Result(request_id=attend.request_id, out=attend.q)
+            return Result(request_id=attend.request_id, out=self.queries.pop().q if attend.q is None else attend.q)
         if attend.site == 1:
             assert attend.k is not None and attend.v is not None
             self.total = self.total + attend.k.astype(np.float64).sum() + attend.v.astype(np.float64).sum()

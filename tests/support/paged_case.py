@@ -94,15 +94,23 @@ class PagedCase:
         )  # fmt: skip
         return layout, q, k, v
 
-    def run(self, device: Any, *, dtype: Any = "float32", **options: Any) -> tuple[list[np.ndarray], np.ndarray, Any]:
-        """Per sequence the output of its new rows in f32; the padding's output; log-sum-exp per sequence."""
+    def run(
+        self, device: Any, *, dtype: Any = "float32", sinks: Any = None, ahead: bool = False, **options: Any
+    ) -> tuple[list[np.ndarray], np.ndarray, Any]:
+        """Per sequence the output of its new rows in f32; the padding's output; log-sum-exp per sequence.
+
+        ahead: q comes before k and v in the call under test.
+        """
         pool = native.make_pool(
             self.spec, num_pages=self.num_pages, page_size=self.page_size, dtype=dtype, device=device
         )
         lse = None
         for old in (True, False):
             layout, q, k, v = self.rows(old=old)
-            pool, out, lse = native.paged_attention_with_lse(pool, q, k, v, layout, self.spec, **options)
+            begun = native.attend_behind(pool, q, layout, self.spec, **options) if ahead and not old else None
+            pool, out, lse = native.paged_attention_with_lse(
+                pool, q, k, v, layout, self.spec, sinks=sinks, begun=begun, **options
+            )
         out, lse = np.asarray(out, np.float32), np.asarray(lse)
         spans = [slice(first, first + new) for first, new in zip(layout.first_row, layout.num_rows, strict=True)][:-1]
         return [out[span] for span in spans], out[out.shape[0] - self.padding :], [lse[span] for span in spans]

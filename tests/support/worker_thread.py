@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from hetero_jax.worker import TierHandler
-from transport import Attend, Hello, Result, WorkerServer
+from transport import Attend, Hello, Query, Result, WorkerServer
 
 
 class FaultyHandler(TierHandler):
@@ -14,11 +14,15 @@ class FaultyHandler(TierHandler):
 
     def __init__(self, at: int, fault: Callable[[], None], *, kv_cache_bytes: int) -> None:
         super().__init__(kv_cache_bytes=kv_cache_bytes)
-        self.at, self.fault, self.served, self.sessions = at, fault, 0, 0
+        self.at, self.fault, self.served, self.queries, self.sessions = at, fault, 0, 0, 0
 
     def hello(self, hello: Hello) -> Hello:
         self.sessions += 1
         return super().hello(hello)
+
+    def query(self, query: Query) -> None:
+        self.queries += 1
+        super().query(query)
 
     def attend(self, attend: Attend) -> Result:
         if self.served == self.at:
