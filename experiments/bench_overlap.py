@@ -13,9 +13,7 @@ rule says, beside none held back (target: 0.95 at 20 ms). A microbatch has --row
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ import numpy as np
 from absl import app, flags
 
 import hetero_jax as hj
-from experiments.delay_proxy import serve_delayed
+from experiments.delay_proxy import wire
 from experiments.markdown import print_header, print_row
 from experiments.pinned_worker import pinned_worker
 from experiments.plain_decoder import HEAD_DIM, VOCAB, forward, params
@@ -56,6 +54,7 @@ _CORES = flags.DEFINE_list("cores", ["0", "1"], "Of the engine, and of the worke
 _LAYERS = 4
 _TICK_S = 0.02
 _BUDGET = 512  # rows of a microbatch
+_FEWEST = 16  # that must have ended, however slow the machine is
 
 
 def main(argv: list[str]) -> None:
@@ -146,7 +145,7 @@ def _thread_s(ident: int) -> float:
 def _compare_latencies(address: str, hidden: int) -> None:
     fixed_none = planned_none = math.nan
     for latency_ms in map(float, _LATENCIES.value):
-        with _delayed(address, latency_ms / 1e3) as behind:
+        with wire(address, one_way_s=latency_ms / 1e3) as behind:
             fixed, _ = _tokens_per_s(behind, hidden, 2)
             planned, depth = _tokens_per_s(behind, hidden, 0)
         if latency_ms == 0:
@@ -173,7 +172,7 @@ def _tokens_per_s(address: str, hidden: int, num_microbatches: int) -> tuple[flo
     seen: list[tuple[float, int]] = []
     for _ in engine.generate(requests):
         seen.append((time.perf_counter(), engine.stats.tokens_generated))
-        if seen[-1][0] - seen[0][0] > _SECONDS.value:
+        if len(seen) >= _FEWEST and seen[-1][0] - seen[0][0] > _SECONDS.value:
             break
     (begin_s, first), (end_s, last) = seen[len(seen) // 2], seen[-1]
     return (last - first) / (end_s - begin_s), engine.stats.num_microbatches
@@ -183,27 +182,6 @@ def _engine(address: str, hidden: int, *, max_model_len: int = 128, **config: An
     heads = 2 * hidden // HEAD_DIM  # so that keys and values are as wide as the model
     plan = hj.partition(forward, params(hidden, _LAYERS, heads=heads), max_rows=max_model_len)
     return hj.Engine(plan, hj.EngineConfig(workers=(address,), max_model_len=max_model_len, page_size=16, **config))
-
-
-@contextmanager
-def _delayed(address: str, one_way_s: float) -> Iterator[str]:
-    """The address of a proxy to the worker, in a process of its own on any core."""
-    host, _, port = address.rpartition(":")
-    listener = socket.create_server(("127.0.0.1", 0))
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_serve_anywhere, args=(listener, (host, int(port)), one_way_s), daemon=True)
-    process.start()
-    try:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        process.kill()
-        process.join()
-        listener.close()
-
-
-def _serve_anywhere(listener: socket.socket, target: tuple[str, int], one_way_s: float) -> None:
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    serve_delayed(listener, target, one_way_s)
 
 
 if __name__ == "__main__":

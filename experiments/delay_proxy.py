@@ -1,36 +1,61 @@
-"""A TCP proxy that holds every byte back for a while, as a long wire would: latency without a loss of bandwidth."""
+"""A TCP proxy as long or as thin as a wire may be: bytes arrive late, or one after the other at some pace."""
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import os
 import queue
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _CHUNK_BYTES = 1 << 18
+_PACED_BYTES = 1 << 14  # of a thin wire: small enough to come evenly
 
 
-def serve_delayed(listener: socket.socket, target: tuple[str, int], one_way_s: float) -> None:
-    """Forward every connection of `listener`, for ever."""
+@contextmanager
+def wire(address: str, *, one_way_s: float = 0.0, bytes_per_s: float = math.inf) -> Iterator[str]:
+    """The address of a proxy to a server, in a process of its own on any core."""
+    host, _, port = address.rpartition(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+    context = multiprocessing.get_context("spawn")
+    args = (listener, (host, int(port)), one_way_s, bytes_per_s)
+    process = context.Process(target=_serve, args=args, daemon=True)
+    process.start()
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        process.kill()
+        process.join()
+        listener.close()
+
+
+def _serve(listener: socket.socket, target: tuple[str, int], one_way_s: float, bytes_per_s: float) -> None:
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
     while True:
         near, _ = listener.accept()
         far = socket.create_connection(target)
         for sock in (near, far):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for source, sink in ((near, far), (far, near)):
-            threading.Thread(target=_forward, args=(source, sink, one_way_s), daemon=True).start()
+            args = (source, sink, one_way_s, bytes_per_s)
+            threading.Thread(target=_forward, args=args, daemon=True).start()
 
 
-def _forward(source: socket.socket, sink: socket.socket, one_way_s: float) -> None:
+def _forward(source: socket.socket, sink: socket.socket, one_way_s: float, bytes_per_s: float) -> None:
     underway: queue.Queue[tuple[float, bytes]] = queue.Queue()
     threading.Thread(target=_deliver, args=(underway, sink), daemon=True).start()
-    data = b"begin"
+    data, free_s = b"begin", 0.0
     while data:
         try:
-            data = source.recv(_CHUNK_BYTES)
+            data = source.recv(_CHUNK_BYTES if math.isinf(bytes_per_s) else _PACED_BYTES)
         except OSError:
             data = b""
-        underway.put((time.monotonic() + one_way_s, data))
+        free_s = max(free_s, time.monotonic()) + len(data) / bytes_per_s  # the wire, of what came before
+        underway.put((free_s + one_way_s, data))
 
 
 def _deliver(underway: queue.Queue[tuple[float, bytes]], sink: socket.socket) -> None:
