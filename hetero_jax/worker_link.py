@@ -16,11 +16,16 @@ from transport import Hello
 
 _logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
+_LONGEST_RETRY_S = 32.0
+_STEADY_S = 60.0  # a session that lasted so long was no mistake
 _NEWS = 0.05  # a speed that differs from what was told by less is not
 
 
 class WorkerLink:
     """Connects to a worker again and again. One thread calls it; connecting blocks a thread of its own.
+
+    Each loss costs a prefill of what the worker had. So one that is lost again soon after it came is tried again later
+    and later: after the first time at once, then in 1 s, 2 s, 4 s ...
 
     Args:
       name: what messages call the worker.
@@ -34,7 +39,7 @@ class WorkerLink:
         self.pool = -1  # of the session
         self._connect, self._take_number = connect, take_number
         self._attempt: Future[WorkerSession] | None = None
-        self._retry_at_s = 0.0
+        self._retry_at_s = self._began_s = self._pause_s = 0.0
         self._draining = False
         self._told_speed = 0.0
         self._complained = False  # once an outage
@@ -63,6 +68,7 @@ class WorkerLink:
         self.session.look()
         if (failure := self.session.failure) is not None:
             _logger.warning("worker %s is lost, its sequences are computed again: %s", self.name, failure)
+            self._pause()
             return self._lose()
         if (self.session.draining or not self.wanted) and not self._draining:
             self._draining = True
@@ -79,7 +85,7 @@ class WorkerLink:
         return self._lose()
 
     def _begin(self, session: WorkerSession) -> PoolJoined:
-        self.session, self.pool = session, self._take_number()
+        self.session, self.pool, self._began_s = session, self._take_number(), time.monotonic()
         self._draining, self._told_speed, self._complained = False, 0.0, False
         return PoolJoined(self.pool, session.num_pages, session.page_format)
 
@@ -88,6 +94,13 @@ class WorkerLink:
         self.session.close()
         self.session = None
         return PoolLost(self.pool)
+
+    def _pause(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._began_s > _STEADY_S:
+            self._pause_s = 0.0
+        self._retry_at_s = now_s + self._pause_s
+        self._pause_s = min(max(2 * self._pause_s, _RETRY_S), _LONGEST_RETRY_S)
 
     def _poll_attempt(self, greet: Callable[[], Hello]) -> PoolJoined | None:
         if not self.wanted:
