@@ -142,7 +142,7 @@ def main(argv: list[str]) -> int:
 
 
 def _frame(message: Message) -> bytes:
-    return b"".join(FrameEncoder().encode(*encode_message(message)))
+    return b"".join(FrameEncoder().encode(*encode_message(message))[0])
 
 
 def _decode(data: bytes) -> str:

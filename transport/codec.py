@@ -30,7 +30,7 @@ def encode_message(message: Message) -> tuple[int, list[int], bytes, list[Buffer
       FrameError: a value that no message may carry.
     """
     code = _CODES[type(message)]
-    schema, values = _SCHEMAS[code], vars(message)
+    schema, values = _SCHEMAS[code], message.__dict__
     numbers = [values[name] for name in schema.numbers] + schema.no_numbers
     if schema.only_tensors:
         tensors: list[Tensor | None] = [values[name] for name, _ in schema.fields]
@@ -51,20 +51,21 @@ def decode_message(frame: Frame) -> Message:
     Raises:
       FrameError: it holds none.
     """
-    schema = _SCHEMAS.get(frame.type)
+    type_, numbers, header, body = frame
+    schema = _SCHEMAS.get(type_)
     if schema is None:
-        raise FrameError(f"a frame of type {frame.type}; allowed: 1 to {len(MESSAGE_TYPES)}")
-    count = len(schema.numbers)
-    if any(frame.numbers[count:]):
-        raise FrameError(f"a {schema.type.__name__} has numbers {frame.numbers}; allowed: {count}, then zeros")
+        raise FrameError(f"a frame of type {type_}; allowed: 1 to {len(MESSAGE_TYPES)}")
+    if numbers[len(schema.numbers) :] != schema.no_numbers:
+        allowed = f"{len(schema.numbers)}, then zeros"
+        raise FrameError(f"a {schema.type.__name__} has numbers {numbers}; allowed: {allowed}")
     read = _remembered_fields if schema.only_tensors else _read_fields
-    found = read(frame.type, frame.header, len(frame.body))
     message = object.__new__(schema.type)
     # The schema has every field; a frozen dataclass's own __init__ would take four times as long.
-    values = vars(message)
-    values.update(zip(schema.numbers, frame.numbers, strict=False))
-    for (name, kind), value in zip(schema.fields, found, strict=True):
-        values[name] = kind.bind(value, frame.body)
+    values = message.__dict__
+    for name, number in zip(schema.numbers, numbers, strict=False):
+        values[name] = number
+    for name, bind, value in read(type_, header, len(body)):
+        values[name] = bind(value, body)
     return message
 
 
@@ -81,10 +82,10 @@ def _remembered_header(forms: tuple[Form | None, ...]) -> tuple[bytes, int]:
     return writer.header(), writer.body_bytes
 
 
-def _read_fields(type_: int, header: bytes, body_bytes: int) -> tuple[Any, ...]:
-    """The fields that a header has, tensors by their places."""
+def _read_fields(type_: int, header: bytes, body_bytes: int) -> list[tuple[str, Callable[[Any, Bytes], Any], Any]]:
+    """The names of the fields that a header has, how to bind them to a body, and what, tensors by their places."""
     reader = HeaderReader(header, body_bytes)
-    found = tuple([kind.read(reader) for _, kind in _SCHEMAS[type_].fields])
+    found = [(name, kind.bind, kind.read(reader)) for name, kind in _SCHEMAS[type_].fields]
     reader.end()
     return found
 

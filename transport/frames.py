@@ -41,6 +41,7 @@ _BLOCK_BYTES = 1 << 18
 _SMALLEST_READ_BYTES = 1 << 14
 _LARGEST_READ_BYTES = 1 << 17  # and largest frame that may lie in a block
 _FIRST_BODY_BYTES = 1 << 19
+_ZEROS = bytes(ALIGNMENT)
 _GROWTH = 2  # with the smaller ones, which the pool keeps: four times what has arrived
 
 Buffer: TypeAlias = Any  # bytes, memoryview or a contiguous array, for which Python 3.11 has no type in common
@@ -79,8 +80,8 @@ class FrameEncoder:
 
     def encode(
         self, type_: int, numbers: Sequence[int], header: bytes, body: Sequence[Buffer] = (), body_bytes: int = 0
-    ) -> list[Buffer]:
-        """The buffers to send, in order; those of the body, `body_bytes` long in all, are among them uncopied.
+    ) -> tuple[list[Buffer], int]:
+        """The buffers to send, in order, those of the body (`body_bytes` in all) uncopied, and how many bytes they are.
 
         Raises:
           FrameError: the header or the body is too long, or a number does not fit.
@@ -90,12 +91,12 @@ class FrameEncoder:
             rest = _REST.pack(WIRE_VERSION, type_, 0, len(header), body_bytes, self._number, *numbers)
         except struct.error:
             raise FrameError(f"numbers {numbers} in a message; allowed: {NUMBERS} from 0 to 2**64 - 1") from None
-        checked = rest + header + bytes(_padding(len(header), self._tag_bytes))
+        checked = rest + header + _ZEROS[: -(len(header) + self._tag_bytes) % ALIGNMENT]
         head = _START.pack(_MAGIC, zlib.crc32(checked)) + checked
         self._number += 1
         if self._mac is not None:
             head += self._mac.tag([head, *body])
-        return [head, *body]
+        return [head, *body], len(head) + body_bytes
 
 
 class FrameDecoder:
@@ -112,18 +113,20 @@ class FrameDecoder:
         self._pool = BufferPool()
         self._number = 0
         self._read_bytes = _SMALLEST_READ_BYTES
-        # What has come and is not a frame yet: [start, end) of the block; of a frame's body, `filled` bytes of payload.
+        # What has come of frames that have not begun: [start, end) of the block.
         self._block = EMPTY
         self._view: memoryview = EMPTY.data
         self._start = self._end = 0
-        self._head: _Head | None = None  # of the frame whose body comes in
-        self._payload, self._filled = EMPTY, 0
+        # The frame that has begun: all that is before its body, and of the body's bytes, how many have come.
+        self._frame: Frame | None = None
+        self._head: memoryview = EMPTY.data
+        self._body_bytes = self._filled = 0
 
     def receive_buffer(self) -> memoryview:
         """Where the next bytes go; never empty, and valid until `received` is told."""
-        if self._head is not None:
-            return self._payload.data[self._filled :]
-        if self._end + self._read_bytes > len(self._block):
+        if self._frame is not None:
+            return self._frame.body.data[self._filled :]
+        if self._end + self._read_bytes > len(self._view):
             self._begin_block()
         return self._view[self._end : self._end + self._read_bytes]
 
@@ -134,23 +137,19 @@ class FrameDecoder:
           FrameError: the bytes are no frames.
           IntegrityError: a frame was altered, repeated, left out or moved.
         """
-        if self._head is not None:
+        if self._frame is None:
+            self._end += count
+        else:
             self._filled += count
-            return [self._finish(self._head)] if self._payload_complete(self._head) else []
-        self._end += count
         frames: list[Frame] = []
-        while (head := self._read_head()) is not None:
-            self._begin_payload(head)
-            if not self._payload_complete(head):
-                self._head = head
-                break
-            frames.append(self._finish(head))
+        while (frame := self._frame or self._begin_frame()) is not None and self._is_complete(frame):
+            frames.append(self._finish(frame))
         return frames
 
     @property
     def between_frames(self) -> bool:
         """No frame has begun: here a stream may end."""
-        return self._head is None and self._start == self._end
+        return self._frame is None and self._start == self._end
 
     def _begin_block(self) -> None:
         """Go on in another block, with what is left in this one: the beginning of a head, or of a body."""
@@ -158,14 +157,26 @@ class FrameDecoder:
         block[:left] = self._block[self._start : self._end]
         self._block, self._view, self._start, self._end = block, block.data, 0, left
 
-    def _read_head(self) -> _Head | None:
-        """What comes before the body of the frame at the block's start, once it is there."""
-        start, have = self._start, self._end - self._start
-        if have < PREFIX_BYTES:
+    def _begin_frame(self) -> Frame | None:
+        """The next frame, once all that comes before its body is there; the body is where its bytes arrive."""
+        start, view = self._start, self._view
+        if self._end - start < PREFIX_BYTES:
             return None
-        magic, crc, version, type_, zero, header_bytes, body_bytes, number, *numbers = _PREFIX.unpack_from(
-            self._view, start
-        )
+        magic, crc, version, type_, zero, header_bytes, body_bytes, number, *numbers = _PREFIX.unpack_from(view, start)
+        self._check(magic, version, zero, header_bytes, body_bytes, number)
+        header_end = start + PREFIX_BYTES + header_bytes
+        body_start = start + _head_bytes(header_bytes, self._tag_bytes)
+        if body_start > self._end:
+            return None
+        self._head = view[start:body_start]
+        if crc != (expected := zlib.crc32(view[start + _START.size : body_start - self._tag_bytes])):
+            raise IntegrityError(f"a frame's checksum is {crc:#010x}; its prefix and header have {expected:#010x}")
+        self._start = body_start
+        header = bytes(view[start + PREFIX_BYTES : header_end])
+        self._frame = Frame(type_, numbers, header, self._begin_body(body_bytes))
+        return self._frame
+
+    def _check(self, magic: bytes, version: int, zero: int, header_bytes: int, body_bytes: int, number: int) -> None:
         if magic != _MAGIC:
             raise FrameError(f"a frame begins with {magic!r}; allowed: {_MAGIC!r}")
         if version != WIRE_VERSION or zero:
@@ -173,64 +184,48 @@ class FrameDecoder:
         _check_lengths(header_bytes, body_bytes, self._limits)
         if number != self._number:
             raise IntegrityError(f"frame number {number} came; expected: {self._number}")
-        header_end = start + PREFIX_BYTES + header_bytes
-        tag_start = header_end + _padding(header_bytes, self._tag_bytes)
-        if tag_start + self._tag_bytes > self._end:
-            return None
-        if crc != (expected := zlib.crc32(self._view[start + _START.size : tag_start])):
-            raise IntegrityError(f"a frame's checksum is {crc:#010x}; its prefix and header have {expected:#010x}")
-        self._start = tag_start + self._tag_bytes
-        header = bytes(self._view[start + PREFIX_BYTES : header_end])
-        return _Head(type_, numbers, header, body_bytes, self._view[start : self._start])
 
-    def _begin_payload(self, head: _Head) -> None:
-        """Room for the body, and in it what has come: in the block, or of its own where it is too large for one."""
-        size = head.body_bytes
-        if self._start + size > len(self._block) and size <= _LARGEST_READ_BYTES:
+    def _begin_body(self, size: int) -> Bytes:
+        """Where the body stays, with what has come of it: in the block, or in memory of its own if it is too large."""
+        if self._start + size > len(self._view) and size <= _LARGEST_READ_BYTES:
             self._begin_block()
-        have = self._filled = min(size, self._end - self._start)
-        if self._start + size <= len(self._block):
-            self._payload = self._block[self._start : self._start + size]
-            self._start += size
-            self._end = max(self._start, self._end)
-        else:
-            self._payload = self._allocate(size, have)
-            self._payload[:have] = self._block[self._start : self._end]
-            self._start = self._end
+        start, end = self._start, self._start + size
+        self._body_bytes = size
+        if end <= len(self._view):
+            self._filled = min(size, self._end - start)
+            self._start, self._end = end, max(self._end, end)
+            return self._block[start:end]
+        self._filled = self._end - start
+        body = self._allocate(size, self._filled)
+        body[: self._filled] = self._block[start : self._end]
+        self._start = self._end
+        return body
 
-    def _payload_complete(self, head: _Head) -> bool:
-        """All of it has come; where there is room for a part of it only and that is full, makes room for more."""
-        if self._filled == len(self._payload) < head.body_bytes:
-            larger = self._allocate(head.body_bytes, self._filled)
-            larger[: self._filled] = self._payload
-            self._payload = larger
-        return self._filled == head.body_bytes
+    def _is_complete(self, frame: Frame) -> bool:
+        """Whether its body has come. Where there was room for a part only and that is full, makes room for more."""
+        filled, size = self._filled, self._body_bytes
+        if filled == len(frame.body) < size:
+            body = self._allocate(size, filled)
+            body[:filled] = frame.body
+            self._frame = frame._replace(body=body)
+        return filled == size
 
     def _allocate(self, size: int, have: int) -> Bytes:
         """Room for `size` bytes, or for as many as may be believed where `have` have come."""
         whole = self._pool.reuse(size)
         return self._pool.allocate(min(size, max(_FIRST_BODY_BYTES, _GROWTH * have))) if whole is None else whole
 
-    def _finish(self, head: _Head) -> Frame:
-        body, before = self._payload, head.data
+    def _finish(self, frame: Frame) -> Frame:
         if self._mac is not None:
-            before, tag = before[:-TAG_BYTES], before[-TAG_BYTES:]
-            if not hmac.compare_digest(self._mac.tag([before, body]), tag):
+            head, tag = self._head[:-TAG_BYTES], self._head[-TAG_BYTES:]
+            if not hmac.compare_digest(self._mac.tag([head, frame.body]), tag):
                 raise IntegrityError(f"frame {self._number} has a wrong authentication tag")
         self._number += 1
-        self._head, self._payload = None, EMPTY
+        self._frame = None
         # If the next one is as large, it comes whole, or nearly all of it is received where it stays.
-        size = len(head.data) + len(body)
-        self._read_bytes = max(size, _SMALLEST_READ_BYTES) if size <= _LARGEST_READ_BYTES else _SMALLEST_READ_BYTES
-        return Frame(head.type, head.numbers, head.header, body)
-
-
-class _Head(NamedTuple):
-    type: int
-    numbers: Sequence[int]
-    header: bytes
-    body_bytes: int
-    data: memoryview  # all of the frame before its body
+        size = len(self._head) + self._body_bytes
+        self._read_bytes = size if _SMALLEST_READ_BYTES < size <= _LARGEST_READ_BYTES else _SMALLEST_READ_BYTES
+        return frame
 
 
 class _Mac:
@@ -258,5 +253,6 @@ def _check_lengths(header_bytes: int, body_bytes: int, limits: FrameLimits) -> N
         raise FrameError(f"tensors of {body_bytes} bytes in a frame; allowed: {allowed}")
 
 
-def _padding(header_bytes: int, tag_bytes: int) -> int:
-    return -(PREFIX_BYTES + header_bytes + tag_bytes) % ALIGNMENT
+def _head_bytes(header_bytes: int, tag_bytes: int) -> int:
+    """Of a frame, before its body."""
+    return PREFIX_BYTES + header_bytes + tag_bytes + -(header_bytes + tag_bytes) % ALIGNMENT

@@ -96,7 +96,8 @@ class Peer:
             if self._closing.is_set():
                 raise ConnectionLostError("this side closed the connection")
             try:
-                self._stream.send(self._connection.encode(message), while_stuck)
+                parts, num_bytes = self._connection.encode(message)
+                self._stream.send(parts, num_bytes, while_stuck)
             except ConnectionLostError:
                 self.interrupt()  # a frame was cut: nothing may follow it
                 raise
@@ -145,7 +146,7 @@ class Peer:
 
     def _send_handshake(self) -> None:
         if output := self._connection.take_output():
-            self._stream.send([output])
+            self._stream.send([output], len(output))
 
     def _beat(self, sign_of_life: Callable[[], Message]) -> None:
         try:

@@ -54,8 +54,8 @@ class Connection:
             self._encoder = FrameEncoder(keys.send, self._limits)
         return []
 
-    def encode(self, message: Message) -> list[Buffer]:
-        """The buffers that carry `message`, tensors uncopied.
+    def encode(self, message: Message) -> tuple[list[Buffer], int]:
+        """The buffers that carry `message`, tensors uncopied, and how many bytes they are.
 
         Raises:
           FrameError: the message does not fit a frame.

@@ -22,7 +22,8 @@ from transport.frames import Buffer
 
 _MAX_PARTS = os.sysconf("SC_IOV_MAX")
 _TLS_CHUNK_BYTES = 1 << 18
-_SPIN_S = 1e-4  # about what both ends lose where they go to sleep and are woken
+_SPIN_S = 1e-4  # more than a small message takes to go round where nobody sleeps
+_SHORT_WAIT_S = 2 * _SPIN_S  # more than it takes where both ends go to sleep and are woken
 
 WhileStuck: TypeAlias = Callable[[], AbstractContextManager[None]]
 
@@ -50,8 +51,8 @@ class Stream(Protocol):
         """Whether `receive_into` has something to give, be it the end."""
         ...
 
-    def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
-        """Send all of it; blocks while the peer is slow, and that within `while_stuck()`."""
+    def send(self, parts: Sequence[Buffer], num_bytes: int, while_stuck: WhileStuck = nullcontext) -> None:
+        """Send all of it, so many bytes; blocks while the peer is slow, and that within `while_stuck()`."""
         ...
 
     def interrupt(self) -> None:
@@ -76,7 +77,7 @@ class SocketStream:
         self._socket = sock
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
-        self._recent_wait_s = 0.0  # the longest, those before the last fading by half each time
+        self._recent_wait_s = _SHORT_WAIT_S  # the longest, those before the last fading by half each time
 
     def shake_hands(self, deadline_s: float) -> None:
         """As Stream: nothing."""
@@ -99,7 +100,7 @@ class SocketStream:
 
     def _await_and_receive(self, buffer: memoryview) -> int:
         begin_s = time.monotonic()
-        if self._recent_wait_s < 2 * _SPIN_S:
+        if self._recent_wait_s < _SHORT_WAIT_S:
             while not self.has_data() and time.monotonic() - begin_s < _SPIN_S:
                 pass
         try:
@@ -115,11 +116,11 @@ class SocketStream:
         """As Stream."""
         return bool(self._readable.poll(0))
 
-    def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
+    def send(self, parts: Sequence[Buffer], num_bytes: int, while_stuck: WhileStuck = nullcontext) -> None:
         """As Stream."""
         try:
             sent = self._send_now(parts)
-            if sent < sum(map(_length, parts)):
+            if sent < num_bytes:
                 with while_stuck():
                     self._send_rest(_unsent([_as_bytes(part) for part in parts], sent))
         except BlockingIOError:
@@ -149,10 +150,6 @@ class SocketStream:
 
 def _broken(error: OSError) -> ConnectionLostError:
     return ConnectionLostError(f"the connection broke: {error}")
-
-
-def _length(part: Buffer) -> int:
-    return part.nbytes if isinstance(part, np.ndarray) else len(part)
 
 
 def _as_bytes(part: Buffer) -> memoryview:
@@ -185,11 +182,11 @@ class TlsStream:
         while True:
             try:
                 self._tls.do_handshake()
-                return self._stream.send([self._outgoing.read()])
+                return self._flush()
             except ssl.SSLWantReadError:
-                self._stream.send([self._outgoing.read()])
+                self._flush()
             except ssl.SSLError as error:
-                self._stream.send([self._outgoing.read()])
+                self._flush()
                 raise HandshakeError(f"TLS failed: {error}") from None
             left_s = deadline_s - time.monotonic()
             self._stream.set_timeouts(left_s, left_s)
@@ -218,14 +215,16 @@ class TlsStream:
         """As Stream."""
         return bool(self._tls.pending() or self._incoming.pending) or self._stream.has_data()
 
-    def send(self, parts: Sequence[Buffer], while_stuck: WhileStuck = nullcontext) -> None:
+    def send(self, parts: Sequence[Buffer], num_bytes: int, while_stuck: WhileStuck = nullcontext) -> None:
         """As Stream."""
+        del num_bytes  # more of them will be sent
         for part in map(_as_bytes, parts):
             for start in range(0, len(part), _TLS_CHUNK_BYTES):
                 with self._lock:
                     self._tls.write(part[start : start + _TLS_CHUNK_BYTES])
-                    encrypted = self._outgoing.read()
-                self._stream.send([encrypted], while_stuck)
+                if self._outgoing.pending >= _TLS_CHUNK_BYTES:
+                    self._flush(while_stuck)
+        self._flush(while_stuck)
 
     def interrupt(self) -> None:
         """As Stream."""
@@ -234,6 +233,11 @@ class TlsStream:
     def close(self) -> None:
         """As Stream."""
         self._stream.close()
+
+    def _flush(self, while_stuck: WhileStuck = nullcontext) -> None:
+        with self._lock:
+            encrypted = self._outgoing.read()
+        self._stream.send([encrypted], len(encrypted), while_stuck)
 
     def _fill(self) -> bool:
         count = self._stream.receive_into(self._encrypted)

@@ -22,6 +22,9 @@ def feed(receiver: Any, data: bytes, chunks: Iterable[int] = ()) -> list[Any]:
     return results
 
 
-def joined(parts: Iterable[Any]) -> bytes:
-    """The bytes of an encoded frame."""
-    return b"".join(parts)
+def joined(encoded: tuple[list[Any], int]) -> bytes:
+    """The bytes of an encoded frame, as many as were announced."""
+    parts, num_bytes = encoded
+    data = b"".join(parts)
+    assert len(data) == num_bytes
+    return data
