@@ -20,10 +20,10 @@ PARTITIONS = pytest.mark.parametrize("partition", ["sequence", "head"])
 
 
 @PARTITIONS
-@pytest.mark.parametrize("at", [0, 1, 9, 30])
-def test_another_worker_goes_on_with_what_a_dead_one_had(at, partition):
+@pytest.mark.parametrize(("at", "query_ahead_s"), [(0, 1.0), (1, 1.0), (9, 0.0), (30, 1.0)])
+def test_another_worker_goes_on_with_what_a_dead_one_had(at, query_ahead_s, partition):
     with ThreadWorker(at, ThreadWorker.die) as dying, ThreadWorker() as other:
-        engine = engine_of(dying.address, other.address, kv_partition=partition)
+        engine = engine_of(dying.address, other.address, kv_partition=partition, query_ahead_s=query_ahead_s)
         assert run(engine) == undisturbed()
         assert engine.stats.workers_lost == 1
 
