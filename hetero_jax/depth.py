@@ -13,7 +13,7 @@ from collections import deque
 
 SMALLEST_DEPTH = 2  # one on each tier
 LARGEST_DEPTH = 32
-_CALLS, _WALKS = 64, 8  # that are looked back at
+_CALLS, _WALKS = 64, LARGEST_DEPTH  # that are looked back at
 
 
 class CallTimes:
@@ -72,7 +72,8 @@ class DepthRule:
         self._tier1_s.append(tier1_s)
         self._walks_left -= 1
         if self._walks_left <= 0:
-            needed = depth_for(tier1_s=statistics.median(self._tier1_s), away_s=away_s)
+            # The mean: who waits for tier 1 may wait for what another began, so that only the sum of all is right.
+            needed = depth_for(tier1_s=statistics.fmean(self._tier1_s), away_s=away_s)
             self.depth = needed if needed > self.depth else max(needed, self.depth - 1)
             self._walks_left = self.depth  # all that were there before the change
 

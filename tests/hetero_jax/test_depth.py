@@ -58,6 +58,13 @@ def test_a_pipeline_finds_its_depth_and_follows_a_wire_that_changes():
     assert set(seen[-50:]) == {3}
 
 
+def test_waits_for_what_another_microbatch_began_count_as_the_time_of_both():
+    rule = DepthRule()
+    for turn in range(200):
+        rule.observe(tier1_s=1e-3 if turn % 4 else 17e-3, away_s=0.045)  # 5 ms each
+    assert rule.depth == 10
+
+
 def test_the_deepest_goes_first_of_those_that_need_not_wait():
     def wait(stage: int, for_tier1: bool, ready: bool) -> Wait:
         return Wait(stage, for_tier1, lambda: ready)
