@@ -24,6 +24,7 @@ _MAX_PARTS = os.sysconf("SC_IOV_MAX")
 _TLS_CHUNK_BYTES = 1 << 18
 _SPIN_S = 1e-4  # more than a small message takes to go round where nobody sleeps
 _SHORT_WAIT_S = 2 * _SPIN_S  # more than it takes where both ends go to sleep and are woken
+_FADING = 0.9
 
 WhileStuck: TypeAlias = Callable[[], AbstractContextManager[None]]
 
@@ -67,8 +68,9 @@ class Stream(Protocol):
 class SocketStream:
     """A connected TCP socket.
 
-    A core that slept takes longer to wake than a small message to go round. So a wait that will be short, as the last
-    ones were, looks for bytes again and again before it sleeps; others cost no more than a call of the system.
+    A core that slept takes longer to wake than a small message to go round. So where all of the last waits were short,
+    as the next will be, it looks for bytes again and again before it sleeps. A longer one, as for attention, ends that
+    for the next dozen: others may want the core meanwhile.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -77,7 +79,7 @@ class SocketStream:
         self._socket = sock
         self._readable = select.poll()
         self._readable.register(sock, select.POLLIN)
-        self._recent_wait_s = _SHORT_WAIT_S  # the longest, those before the last fading by half each time
+        self._recent_wait_s = _SHORT_WAIT_S  # the longest, each fading with those that follow
 
     def shake_hands(self, deadline_s: float) -> None:
         """As Stream: nothing."""
@@ -109,7 +111,7 @@ class SocketStream:
             raise ConnectionLostError("the peer fell silent") from None
         except OSError as error:
             raise _broken(error) from None
-        self._recent_wait_s = max(time.monotonic() - begin_s, self._recent_wait_s / 2)
+        self._recent_wait_s = max(time.monotonic() - begin_s, _FADING * self._recent_wait_s)
         return count
 
     def has_data(self) -> bool:
