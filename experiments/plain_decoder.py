@@ -29,15 +29,22 @@ def params(hidden: int, layers: int, *, heads: int) -> dict:
     return {"embed": weight(VOCAB, hidden), "layers": all_layers}
 
 
-def forward(params: dict, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """A plain decoder with two heads of queries to one of keys; position enters by rotation."""
+def forward(
+    params: dict, tokens: jax.Array, positions: jax.Array, *, windows: tuple[int | None, ...] | None = None
+) -> jax.Array:
+    """A plain decoder with two heads of queries to one of keys; position enters by rotation.
+
+    windows: positions, its own included, that a token sees in each layer; None: all.
+    """
     x = params["embed"][tokens]
     half = HEAD_DIM // 2
     angles = positions[..., None, None] * 10000.0 ** -(jnp.arange(half) / half)
-    for layer in params["layers"]:
+    for layer, window in zip(params["layers"], windows or (None,) * len(params["layers"]), strict=True):
         parts = (_norm(x) @ layer["qkv"]).reshape(*x.shape[:2], -1, HEAD_DIM)
         q, k, v = jnp.split(parts, [parts.shape[2] // 2, 3 * parts.shape[2] // 4], axis=2)
-        out = jax.nn.dot_product_attention(_rotate(q, angles), _rotate(k, angles), v, is_causal=True)
+        seen = None if window is None else (window - 1, 0)
+        rows = (_rotate(q, angles), _rotate(k, angles), v)
+        out = jax.nn.dot_product_attention(*rows, is_causal=True, local_window_size=seen)
         x = x + out.reshape(*x.shape[:2], -1) @ layer["out"]
         x = x + jax.nn.silu(_norm(x) @ layer["up"]) @ layer["down"]
     return _norm(x) @ params["embed"].T

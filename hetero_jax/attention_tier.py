@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetero_jax import attention, native_attention, pool_pages, traced_attention
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import AttentionLayout, GroupedLayout
 from hetero_jax.described_site import DescribedSite
 from hetero_jax.devices import are_ready, land, start_copy
 from hetero_jax.errors import ConfigError
 from hetero_jax.exported_attention import ExportedAttention
 from hetero_jax.exported_site import ExportedSite
+from hetero_jax.page_groups import SitePages
 from hetero_jax.tracing import TIER2, Trace
 from hetero_jax.wire import from_wire, to_wire
 from partition import PlannedSite, Value
@@ -48,6 +49,7 @@ class AttentionTier:
     Args:
       sites: of the plan, or described by an engine elsewhere.
       weights: arrays of the weights that sites read.
+      pages: of each site, where it keeps them; those of one pool have pages of one shape.
       kv_cache_bytes: memory of all pools; `num_pages` is as many as it holds.
       page_size: token positions in a page.
       dtype: element type of the pools.
@@ -63,6 +65,7 @@ class AttentionTier:
         sites: Sequence[PlannedSite | DescribedSite | ExportedSite],
         weights: Mapping[Value, jax.Array],
         *,
+        pages: Sequence[SitePages],
         kv_cache_bytes: int,
         page_size: int,
         dtype: Any,
@@ -75,10 +78,11 @@ class AttentionTier:
         choose = _KernelChoice(dtype=dtype, device=device)
         made = {key: choose(site) for key, site in {site.key: site for site in reversed(sites)}.items()}
         self._kernels = [made[site.key] for site in sites]
-        # Sites that keep the same values share a pool, to which the first appends.
-        pools = dict(zip((site.cache_key for site in sites), self._kernels, strict=True))
-        self._pool_of = [list(pools).index(site.cache_key) for site in sites]
-        self.shares_pool = [number in self._pool_of[:site] for site, number in enumerate(self._pool_of)]
+        # Of sites that keep the same values, the first appends them.
+        self.shares_pool = [place in pages[:site] for site, place in enumerate(pages)]
+        self._group_of, self.num_groups = [place.group for place in pages], 1 + max(place.group for place in pages)
+        pools = {place.pool: kernel for place, kernel in zip(pages, self._kernels, strict=True)}
+        self._pool_of = [list(pools).index(place.pool) for place in pages]
         page_bytes = sum(kernel.page_bytes(page_size=page_size) for kernel in pools.values())
         if kv_cache_bytes < page_bytes:
             raise ConfigError(
@@ -122,14 +126,16 @@ class AttentionTier:
         """As `pool_pages.write_pages`, after the calls so far."""
         self._pools = pool_pages.write_pages(self._pools, pages, contents)
 
-    def place_layout(self, layout: AttentionLayout, pools: Sequence[int] = ()) -> list[AttentionLayout]:
+    def place_layout(self, layout: GroupedLayout, pools: Sequence[int] = ()) -> list[AttentionLayout]:
         """What each site needs of the layout, on this tier's device: once per microbatch, not once per site.
 
         Args:
           pools: of each sequence; this tier has but one.
         """
-        placed = {kernel: jax.device_put(kernel.needed_layout(layout), self.device) for kernel in set(self._kernels)}
-        return [placed[kernel] for kernel in self._kernels]
+        takers = list(zip(self._kernels, self._group_of, strict=True))
+        needed = {(kernel, group): kernel.needed_layout(layout.of_group(group)) for kernel, group in set(takers)}
+        placed = {taker: jax.device_put(own, self.device) for taker, own in needed.items()}
+        return [placed[taker] for taker in takers]
 
     def begin(self, arrays: tuple[jax.Array, ...]) -> None:
         """Start to move what sites take here."""

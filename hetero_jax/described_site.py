@@ -15,6 +15,7 @@ import numpy as np
 from hetero_jax.description import Description, natural, number, numbers, read_pool_kind
 from hetero_jax.errors import ConfigError
 from hetero_jax.exported_site import ExportedSite, ExportedSites, SiteExporter
+from hetero_jax.page_groups import SitePages
 from hetero_jax.wire import WIRE_DTYPES
 from partition import AttentionSpec, PlannedSite, Value
 
@@ -23,13 +24,13 @@ from partition import AttentionSpec, PlannedSite, Value
 class DescribedSite:
     """What `AttentionTier` needs of a recognised site.
 
-    pool: number of the pool that it appends to; sites that keep the same values share one.
+    pages: where it keeps them; sites that keep the same values have the same place.
     page_size, kv_cache_dtype: of the pool.
     sink_scores: [num_heads], of a spec that has sinks.
     """
 
     spec: AttentionSpec
-    pool: int
+    pages: SitePages
     page_size: int
     kv_cache_dtype: str
     sink_scores: tuple[float, ...] = ()
@@ -41,9 +42,9 @@ class DescribedSite:
         return self.spec
 
     @property
-    def cache_key(self) -> int:
-        """As of `PlannedSite`."""
-        return self.pool
+    def page_shape(self) -> Any:
+        """Equal for sites that can share an array of pages."""
+        return self.spec.num_kv_heads, self.spec.head_dim, self.spec.v_head_dim
 
     def kernel_weights(self, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """As of `PlannedSite`."""
@@ -71,9 +72,15 @@ class DescribedSite:
 
 
 def describe(
-    sites: Sequence[PlannedSite], weights: Mapping[Value, jax.Array], *, page_size: int, dtype: Any, wire_dtype: str
+    sites: Sequence[PlannedSite],
+    pages: Sequence[SitePages],
+    weights: Mapping[Value, jax.Array],
+    *,
+    page_size: int,
+    dtype: Any,
+    wire_dtype: str,
 ) -> tuple[tuple[Description, ...], tuple[np.ndarray, ...]]:
-    """What tells workers of a plan's sites.
+    """What tells workers of a plan's sites, and where each keeps its pages.
 
     Returns:
       descriptions of the sites, in order; page size and element type of the pools are in each.
@@ -82,13 +89,13 @@ def describe(
     Raises:
       ConfigError: a site that has no kernel and does not travel as a program either.
     """
-    pools = {key: number for number, key in enumerate(dict.fromkeys(site.cache_key for site in sites))}
     kind = {"page_size": page_size, "kv_cache_dtype": jnp.dtype(dtype).name}
     exporter = SiteExporter(weights, page_size=page_size, dtype=dtype, wire_dtype=wire_dtype)
     descriptions: list[Description] = []
-    for site in sites:  # no comprehension, which is a frame of Python 3.11 for the exporter's warning to count
+    # No comprehension, which is a frame of Python 3.11 for the exporter's warning to count.
+    for site, place in zip(sites, pages, strict=True):
         found = exporter.describe(site) if site.spec is None else _describe(site, site.spec, weights)
-        descriptions.append({**found, "pool": pools[site.cache_key], **kind})
+        descriptions.append({**found, **place._asdict(), **kind})
     return tuple(descriptions), tuple(exporter.artifacts)
 
 

@@ -8,6 +8,7 @@ from typing import TypedDict
 
 from hetero_jax.config import KV_CACHE_DTYPES
 from hetero_jax.errors import ConfigError
+from hetero_jax.page_groups import SitePages
 
 Scalar = int | float | str | bool | None
 Description = Mapping[str, Scalar]
@@ -34,7 +35,7 @@ def choice(description: Description, name: str, allowed: tuple[str, ...]) -> str
 class PoolKind(TypedDict):
     """As of `DescribedSite`."""
 
-    pool: int
+    pages: SitePages
     page_size: int
     kv_cache_dtype: str
 
@@ -42,7 +43,7 @@ class PoolKind(TypedDict):
 def read_pool_kind(description: Description) -> PoolKind:
     """What every description has."""
     return PoolKind(
-        pool=natural(description, "pool", least=0),
+        pages=SitePages(natural(description, "group", least=0), natural(description, "pool", least=0)),
         page_size=natural(description, "page_size"),
         kv_cache_dtype=choice(description, "kv_cache_dtype", KV_CACHE_DTYPES),
     )

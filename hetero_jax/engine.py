@@ -20,6 +20,7 @@ from hetero_jax.devices import place
 from hetero_jax.engine_stats import EngineStats
 from hetero_jax.errors import ConfigError, RequestError
 from hetero_jax.outputs import Completion, Request
+from hetero_jax.page_groups import group_pages
 from hetero_jax.prefixes import page_keys
 from hetero_jax.remote_tier import RemoteTier
 from hetero_jax.rows import pack
@@ -77,21 +78,21 @@ class Engine:
         dtype = jnp.dtype(self.config.kv_cache_dtype or _float_dtype(params))
         wire_dtype = self.config.wire_dtype if self.config.has_workers else None
         self._dense = DenseTier(self.plan, params, device=placement.tier1, wire_dtype=wire_dtype)
+        groups = group_pages(self.plan.sites, max_model_len=self.max_model_len)
+        limits = SchedulerConfig(
+            page_size=self.config.page_size,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_num_seqs=self.config.max_num_seqs,
+            num_microbatches=self.config.num_microbatches or SMALLEST_DEPTH,
+            max_model_len=self.max_model_len,
+            windows=groups.windows,
+        )
+        most_pages = limits.max_num_seqs * limits.most_pages(self.max_model_len)
         self._attention, self._fleet = make_tier2(
-            self.config, self.plan, params, placement, dtype=dtype, max_model_len=self.max_model_len
+            self.config, self.plan, params, placement, pages=groups.sites, dtype=dtype, most_pages=most_pages
         )
         _check_tier1_memory(self.config, self._dense, self._attention)
-        self._scheduler = Scheduler(
-            SchedulerConfig(
-                page_size=self.config.page_size,
-                max_num_batched_tokens=self.config.max_num_batched_tokens,
-                max_num_seqs=self.config.max_num_seqs,
-                num_microbatches=self.config.num_microbatches or SMALLEST_DEPTH,
-                max_model_len=self.max_model_len,
-                window=self.plan.window,
-            ),
-            pools={0: self._attention.num_pages} if self._fleet is None else {},
-        )
+        self._scheduler = Scheduler(limits, pools={0: self._attention.num_pages} if self._fleet is None else {})
         self._follow_workers()
         self._depth = DepthRule()
         self._timings = Timings()

@@ -17,6 +17,7 @@ from hetero_jax.description import Description, choice, natural, read_pool_kind
 from hetero_jax.errors import ConfigError
 from hetero_jax.exported_attention import NUM_PROGRAMS, ExportedAttention, export_attention
 from hetero_jax.joined_rows import JoinedRows
+from hetero_jax.page_groups import SitePages
 from partition import PlannedSite, Value
 
 # Of rows that are not heads times dimensions, no axis is known that could share a scale.
@@ -29,12 +30,12 @@ class ExportedSite:
     """What `AttentionTier` needs of a site that came as programs, and how its rows travel.
 
     attention: the programs; equal sites share them.
-    pool, page_size, kv_cache_dtype: as of `DescribedSite`.
+    pages, page_size, kv_cache_dtype: as of `DescribedSite`.
     arrays: weights that every call takes.
     """
 
     attention: ExportedAttention
-    pool: int
+    pages: SitePages
     page_size: int
     kv_cache_dtype: str
     wire_dtype: str
@@ -47,9 +48,9 @@ class ExportedSite:
         return self.attention
 
     @property
-    def cache_key(self) -> int:
-        """As of `PlannedSite`."""
-        return self.pool
+    def page_shape(self) -> Any:
+        """As of `DescribedSite`."""
+        return tuple(self.attention.pool)
 
     def kernel_weights(self, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """As of `PlannedSite`."""

@@ -1,7 +1,7 @@
 """Which pages of the KV pool are free.
 
-A page is a fixed run of token positions in the KV pool of one site. All sites share one numbering: page 7 of a
-sequence is page 7 in every pool, so one allocator and one page table per sequence serve the whole model.
+A page is a fixed run of token positions, in each of the arrays of a KV pool. One numbering serves all arrays, so one
+allocator serves the whole model: a page belongs to one group of sites (`hetero_jax/page_groups.py`) at a time.
 """
 
 from __future__ import annotations

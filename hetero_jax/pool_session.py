@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import GroupedLayout
 from hetero_jax.depth import CallTimes
 from hetero_jax.tracing import Trace
 
@@ -25,7 +25,7 @@ class PoolSession(Protocol):
     @property
     def times(self) -> CallTimes: ...
 
-    def place(self, rows: np.ndarray, layout: AttentionLayout) -> PlacedRows:
+    def place(self, rows: np.ndarray, layout: GroupedLayout) -> PlacedRows:
         """Send the layout of these rows, at least one, once for all sites of a microbatch."""
         ...
 

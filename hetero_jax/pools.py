@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 
 from hetero_jax.page_tables import PageTables
 from hetero_jax.pages import PageAllocator
+from hetero_jax.prefixes import Prefixes
 from hetero_jax.scheduler_state import Pool, ScheduledSequence
 from hetero_jax.scheduler_types import Move, PoolJoined, SchedulerConfig
 
@@ -70,7 +71,10 @@ class Pools:
 
     def join(self, joined: PoolJoined) -> None:
         assert joined.pool not in self._pools, f"pool {joined.pool} is there already"
-        self._pools[joined.pool] = Pool(joined.pool, PageAllocator(joined.num_pages), joined.page_format)
+        prefixes = Prefixes(self._config.num_groups)
+        num_whole = self._config.windows.count(None)
+        pages = PageAllocator(joined.num_pages)
+        self._pools[joined.pool] = Pool(joined.pool, pages, prefixes, joined.page_format, num_whole)
         self.largest = max(self.largest, joined.num_pages)
 
     def drain(self, number: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import GroupedLayout
 from hetero_jax.devices import start_copy
 from hetero_jax.joined_rows import JoinedRows
 from hetero_jax.pool_session import PendingCall, PlacedRows
@@ -108,7 +108,7 @@ class RemoteTier:
         """Bytes of all pools that are there."""
         return sum(session.pool_bytes for session in self._fleet.sessions.values())
 
-    def place_layout(self, layout: AttentionLayout, pools: Sequence[int]) -> list[PlacedRows]:
+    def place_layout(self, layout: GroupedLayout, pools: Sequence[int]) -> list[PlacedRows]:
         """Each pool's part of the call. pools: of each sequence of the layout, without padding."""
         homes = np.asarray(pools)
         return [

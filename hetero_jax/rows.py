@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetero_jax.attention_layout import NOWHERE, TILE_ROWS, AttentionLayout, slots_of
+from hetero_jax.attention_layout import NOWHERE, TILE_ROWS, GroupedLayout, slots_of
 from hetero_jax.scheduler_types import Batch, Chunk
 
 # XLA CPU multiplies a single row by another routine, with other bits; from 2 rows on a row's bits do not depend on
@@ -28,7 +28,7 @@ class PackedRows:
 
     tokens: np.ndarray
     positions: np.ndarray
-    layout: AttentionLayout
+    layout: GroupedLayout
     sampled: np.ndarray
     samplers: tuple[int, ...]
     pools: tuple[int, ...]
@@ -66,23 +66,24 @@ def pack(batch: Batch, known_tokens: Callable[[int, int, int], Sequence[int]], *
 
 def _layout(
     chunks: Sequence[Chunk], firsts: np.ndarray, lengths: np.ndarray, positions: np.ndarray, page_size: int
-) -> AttentionLayout:
+) -> GroupedLayout:
     # One more than needed, so that the last sequence is padding for `decode` and the tiles to point at.
     count = bucket(len(chunks) + 1, 8)
-    page_table = np.zeros((count, bucket(max(len(chunk.pages) for chunk in chunks), 4)), np.int32)
-    for index, chunk in enumerate(chunks):
-        page_table[index, : len(chunk.pages)] = chunk.pages
-    slots = slots_of(page_table, positions, page_size, np.repeat(np.arange(len(chunks)), lengths))
+    tables = [np.array(chunk.page_tables, np.int32) for chunk in chunks]  # each [G, P] of its own
+    page_tables = np.zeros((len(tables[0]), count, bucket(max(table.shape[1] for table in tables), 4)), np.int32)
+    for index, table in enumerate(tables):
+        page_tables[:, index, : table.shape[1]] = table
+    slots = slots_of(page_tables, positions, page_size, np.repeat(np.arange(len(chunks)), lengths))
     return _with_tiles(
-        page_table,
+        page_tables,
         _filled(firsts, count, 0),
         _filled(lengths, count, 0),
         _filled(positions[firsts + lengths - 1] + 1, count, 0),
-        _filled(slots, bucket(len(slots), _SMALLEST_BUCKET), NOWHERE),
+        _padded_slots(slots),
     )
 
 
-def select(layout: AttentionLayout, chosen: np.ndarray) -> tuple[np.ndarray, AttentionLayout]:
+def select(layout: GroupedLayout, chosen: np.ndarray) -> tuple[np.ndarray, GroupedLayout]:
     """Rows of some sequences, and a layout of these alone.
 
     Args:
@@ -91,35 +92,41 @@ def select(layout: AttentionLayout, chosen: np.ndarray) -> tuple[np.ndarray, Att
       [n] rows of the call, and the layout of a call of bucket(n) rows.
     """
     count = bucket(len(chosen) + 1, 8)
-    page_table = np.zeros((count, layout.page_table.shape[1]), np.int32)
-    page_table[: len(chosen)] = layout.page_table[chosen]
+    groups, _, width = layout.page_tables.shape
+    page_tables = np.zeros((groups, count, width), np.int32)
+    page_tables[:, : len(chosen)] = layout.page_tables[:, chosen]
     lengths = layout.num_rows[chosen]
     firsts = np.cumsum(lengths, dtype=np.int32) - lengths
     rows = np.arange(lengths.sum()) + np.repeat(layout.first_row[chosen] - firsts, lengths)
     return rows, _with_tiles(
-        page_table,
+        page_tables,
         _filled(firsts, count, 0),
         _filled(lengths, count, 0),
         _filled(layout.context[chosen], count, 0),
-        _filled(layout.row_slot[rows], bucket(len(rows), _SMALLEST_BUCKET), NOWHERE),
+        _padded_slots(layout.row_slots[:, rows]),
     )
 
 
 def _with_tiles(
-    page_table: np.ndarray, first_row: np.ndarray, num_rows: np.ndarray, context: np.ndarray, slots: np.ndarray
-) -> AttentionLayout:
+    page_tables: np.ndarray, first_row: np.ndarray, num_rows: np.ndarray, context: np.ndarray, slots: np.ndarray
+) -> GroupedLayout:
     several, decode = np.flatnonzero(num_rows > 1).tolist(), np.flatnonzero(num_rows == 1)
     tiles = [(index, offset) for index in several for offset in range(0, num_rows[index], TILE_ROWS)]
-    return AttentionLayout(
-        page_table=page_table,
+    return GroupedLayout(
+        page_tables=page_tables,
         first_row=first_row,
         num_rows=num_rows,
         context=context,
-        row_slot=slots,
+        row_slots=slots,
         decode=_filled(decode, bucket(len(decode)), len(num_rows) - 1),
         tile_sequence=_filled([index for index, _ in tiles], bucket(len(tiles)), len(num_rows) - 1),
         tile_offset=_filled([offset for _, offset in tiles], bucket(len(tiles)), 0),
     )
+
+
+def _padded_slots(slots: np.ndarray) -> np.ndarray:
+    """[G, R] of slots [G, n]."""
+    return np.stack([_filled(each, bucket(len(each), _SMALLEST_BUCKET), NOWHERE) for each in slots])
 
 
 def _filled(values: Sequence[int] | np.ndarray, size: int, filler: int) -> np.ndarray:

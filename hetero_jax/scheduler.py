@@ -36,8 +36,9 @@ Pages that are full of prompt are shared (`hetero_jax/prefixes.py`): a sequence 
 computed in its pool. While another one is about to compute what it begins with, it lets those behind it go first.
 Nobody writes to a full page. One that has no user left is free, and known until it is given away, the last of all.
 
-Where every site has a sliding window, pages that no later row sees are free as soon as their microbatch is back, so a
-sequence never holds more than its window and one chunk.
+Sites come in groups that see equally far, each with page tables of its own (`hetero_jax/page_groups.py`); a sequence
+takes as many pages of all. Where a group has a sliding window, pages that no later row sees are free as soon as their
+microbatch is back, so a sequence never holds more there than the window and one chunk.
 
 Nothing deadlocks: with no microbatch in flight the oldest sequence of a pool can take the pages of all others there,
 which was chosen because it holds the whole sequence. Nothing starves: while a sequence lacks pages nobody is admitted,
@@ -185,8 +186,7 @@ class Scheduler:
         assert seq_id not in self._sequences, f"sequence {seq_id} is already scheduled"
         self.check(num_prompt_tokens, max_tokens)
         most = num_prompt_tokens + max_tokens
-        sees = self.config.window or self.config.max_model_len
-        seq = ScheduledSequence(seq_id, self._num_added, num_prompt_tokens, most, sees, keys)
+        seq = ScheduledSequence(seq_id, self._num_added, num_prompt_tokens, most, self.config.sees, keys)
         self._num_added += 1
         self._sequences[seq_id] = seq
         self._waiting.append(seq)
@@ -225,7 +225,7 @@ class Scheduler:
                 del self._sequences[seq.seq_id]
             else:
                 assert seq.known < seq.max_known, f"sequence {seq.seq_id} has its max_tokens and is not finished"
-                self._tables.free_behind_window(seq)
+                self._tables.free_behind_windows(seq)
                 self._make_ready(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -292,7 +292,7 @@ class Scheduler:
             pool = self._pools.find_room(seq)
             if pool is None:
                 return
-            if (key := pool.prefixes.last_awaited(self._tables.shareable(seq))) is not None:
+            if (key := self._tables.last_awaited(seq, pool)) is not None:
                 self._waiting.set_first_behind(pool, key)
                 continue
             self._waiting.pop_first()
@@ -323,12 +323,13 @@ class Scheduler:
             return
         self._unready(seq)
         samples = seq.computed + length == seq.known
-        draft.chunks.append(Chunk(seq.seq_id, seq.computed, length, samples, seq.pages, seq.home.number))
+        draft.chunks.append(Chunk(seq.seq_id, seq.computed, length, samples, seq.page_tables, seq.home.number))
         draft.rows_left -= length
 
     def _grow(self, seq: ScheduledSequence, num_positions: int, draft: Draft) -> bool:
-        """Makes the page table cover the positions, at the cost of younger idle sequences; False where that fails."""
-        missing = pages_for(num_positions, self.config.page_size) - len(seq.pages)
+        """Makes the page tables cover the positions, at the cost of younger idle sequences; False where that fails."""
+        each = pages_for(num_positions, self.config.page_size) - seq.num_pages
+        missing = each * self.config.num_groups
         if missing <= 0:
             return True
         pages = seq.home.allocate(missing)
@@ -338,10 +339,7 @@ class Scheduler:
                 return False
             pages = seq.home.allocate(missing)
             assert pages is not None
-        kept = min(missing, seq.promised)
-        seq.promised -= kept
-        seq.home.promised -= kept
-        seq.pages += tuple(pages)
+        seq.grow(pages)
         return True
 
     def _preempt_for(self, seq: ScheduledSequence, num_pages: int) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import insort
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hetero_jax.pages import PageAllocator
@@ -18,8 +19,9 @@ class Pool:
 
     number: int
     pages: PageAllocator
+    prefixes: Prefixes
     page_format: str = ""
-    prefixes: Prefixes = field(default_factory=Prefixes)
+    num_whole: int = 1  # groups without a window, in which a sequence grows and grows
     num_running: int = 0
     promised: int = 0  # sum over its running sequences
     load: int = 0  # KV positions that one decode row of each of its running sequences attends to
@@ -29,8 +31,12 @@ class Pool:
 
     @property
     def room(self) -> int:
-        """Pages for another sequence: each running one may open one more before a preemption."""
-        return self.pages.num_free - self.promised - max(self.num_running, self.pages.num_pages // 100)
+        """Pages for another sequence: each running one may open one more of each group before a preemption.
+
+        Those of groups with a window are promised.
+        """
+        opened = self.num_running * self.num_whole
+        return self.pages.num_free - self.promised - max(opened, self.pages.num_pages // 100)
 
     def exchanges_with(self, other: Pool) -> bool:
         """Whether pages of the one may move to the other."""
@@ -52,6 +58,24 @@ class Pool:
         return sum(count == self.pages.num_users(page) for page, count in users.items())
 
 
+@dataclass(slots=True, kw_only=True)
+class GroupPages:
+    """Pages of a running sequence for one group of sites."""
+
+    pages: tuple[int, ...] = ()
+    num_freed: int = 0  # first entries of `pages` that are behind the window and no longer its own
+    promised: int = 0  # pages that the tokens known at admission still need, or one that the next ones may
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Pages that it has, shared or alone."""
+        return self.pages[self.num_freed :]
+
+    def replace(self, num_freed: int, held: tuple[int, ...]) -> None:
+        """Has these pages; the last one stands in for those behind the window."""
+        self.pages, self.num_freed = held[-1:] * num_freed + held, num_freed
+
+
 @dataclass(slots=True, eq=False)
 class ScheduledSequence:
     """A sequence that is not finished."""
@@ -64,9 +88,7 @@ class ScheduledSequence:
     keys: tuple[bytes, ...] = ()  # of the pages that its prompt fills, as of `prefixes.page_keys`
     pool: Pool | None = None  # of its pages, while it runs
     computed: int = 0  # positions whose KV is written
-    pages: tuple[int, ...] = ()
-    num_freed: int = 0  # first entries of `pages` that are behind the window and no longer its own
-    promised: int = 0  # pages that the tokens known at admission still need
+    groups: tuple[GroupPages, ...] = ()  # while it runs; their tables are equally long
     moved_at: int | None = None  # what it knew when it last went from one pool to another
     aborted: bool = False  # ended while in flight; its pages are freed when the microbatch is back
 
@@ -77,9 +99,24 @@ class ScheduledSequence:
         return self.pool
 
     @property
+    def page_tables(self) -> tuple[tuple[int, ...], ...]:
+        """Of each group."""
+        return tuple(group.pages for group in self.groups)
+
+    @property
+    def num_pages(self) -> int:
+        """Of each page table."""
+        return len(self.groups[0].pages)
+
+    @property
     def held(self) -> tuple[int, ...]:
-        """Pages that it has, shared or alone."""
-        return self.pages[self.num_freed :]
+        """Pages that it has, shared or alone, of all groups."""
+        return tuple(page for group in self.groups for page in group.held)
+
+    @property
+    def promised(self) -> int:
+        """Pages of all groups that nobody else is admitted to."""
+        return sum(group.promised for group in self.groups)
 
     @property
     def reads(self) -> int:
@@ -97,17 +134,24 @@ class ScheduledSequence:
         self.known += num_tokens
         self.home.load += self.reads - before
 
-    def enter(self, pool: Pool, promised: int) -> None:
-        """Begins to run in a pool, without pages yet."""
-        self.pool, self.promised = pool, promised
-        pool.promised += promised
+    def enter(self, pool: Pool, promised: Iterable[int]) -> None:
+        """Begins to run in a pool, without pages yet. promised: of each group."""
+        self.pool, self.groups = pool, tuple(GroupPages(promised=count) for count in promised)
+        pool.promised += self.promised
         pool.load += self.reads
         pool.num_running += 1
 
-    def share(self, pages: list[int], num_unseen: int) -> None:
-        """Has these pages in common with others, but for the first, which none of its rows will see."""
-        self.home.pages.share(pages[num_unseen:])
-        self.pages, self.num_freed = (*pages[-1:] * num_unseen, *pages[num_unseen:]), num_unseen
+    def promise(self, group: GroupPages, more: int) -> None:
+        """A group is promised so many pages more, or fewer."""
+        group.promised += more
+        self.home.promised += more
+
+    def grow(self, pages: Sequence[int]) -> None:
+        """Gets pages behind those that it has, as many for each group."""
+        each = len(pages) // len(self.groups)
+        for number, group in enumerate(self.groups):
+            group.pages += tuple(pages[number * each : (number + 1) * each])
+            self.promise(group, -min(each, group.promised))
 
     def leave(self) -> None:
         """Ends to run in its pool, which gets its pages back."""
@@ -116,16 +160,18 @@ class ScheduledSequence:
         self.home.promised -= self.promised
         self.home.load -= self.reads
         self.home.num_running -= 1
-        self.pool, self.pages, self.num_freed, self.promised = None, (), 0, 0
+        self.pool, self.groups = None, ()
 
     def move(self, pool: Pool) -> Move:
         """Goes on in another pool, which has room; entries of `pages` behind the window stay stand-ins."""
-        source, old, num_freed, promised = self.home.number, self.held, self.num_freed, self.promised
+        source, old, before = self.home.number, self.held, self.groups
         self.leave()
-        self.enter(pool, promised)
+        self.enter(pool, [group.promised for group in before])
         new = pool.allocate(len(old))
         assert new is not None, f"pool {pool.number} lacks pages for sequence {self.seq_id}"
-        self.pages, self.num_freed = (*new[-1:] * num_freed, *new), num_freed
+        pages = iter(new)
+        for group, was in zip(self.groups, before, strict=True):
+            group.replace(was.num_freed, tuple(itertools.islice(pages, len(was.held))))
         self.moved_at = self.known
         return Move(self.seq_id, source, old, pool.number, tuple(new))
 

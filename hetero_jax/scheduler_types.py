@@ -17,20 +17,37 @@ class SchedulerConfig:
     max_num_seqs: int  # running sequences over all microbatches
     num_microbatches: int  # most microbatches in flight, to begin with
     max_model_len: int  # most KV positions of one sequence
-    window: int | None = None  # a row sees its own position and window - 1 before it; None: all
+    # Of each group of sites: a row sees its own position and window - 1 before it; None: all.
+    windows: tuple[int | None, ...] = (None,)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
+        limits = {name: value for name, value in vars(self).items() if name != "windows"}
+        limits |= {f"windows[{group}]": window for group, window in enumerate(self.windows) if window is not None}
+        for name, value in limits.items():
+            if value < 1:
                 raise ConfigError(f"{name}={value}; allowed: >= 1")
+
+    @property
+    def num_groups(self) -> int:
+        """Page tables of a sequence."""
+        return len(self.windows)
+
+    @property
+    def sees(self) -> int:
+        """Most positions that a row attends to."""
+        return max(window or self.max_model_len for window in self.windows)
 
     def most_pages(self, num_positions: int) -> int:
         """Pages that a sequence holds at most at once on its way to so many positions."""
+        return sum(self.most_pages_of(window, num_positions) for window in self.windows)
+
+    def most_pages_of(self, window: int | None, num_positions: int) -> int:
+        """Those of one group."""
         whole = pages_for(num_positions, self.page_size)
-        if self.window is None:
+        if window is None:
             return whole
         # A chunk and what its first row sees, which need not begin with a page.
-        return min(whole, pages_for(self.window - 1 + self.max_num_batched_tokens, self.page_size) + 1)
+        return min(whole, pages_for(window - 1 + self.max_num_batched_tokens, self.page_size) + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +106,8 @@ class Chunk:
     start: int
     length: int
     samples: bool  # the last row is the last known token, so a new token is sampled from it
-    pages: tuple[int, ...]  # page table of positions [0, start + length); behind the window: some page of its own
+    # Of each group the page table of positions [0, start + length); behind the window: some page of the group's.
+    page_tables: tuple[tuple[int, ...], ...]
     pool: int = 0  # that the pages are in
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import GroupedLayout
 
 _LEAST_CALL_S = 1e-3
 _LEAST_MICROBATCHES, _MICROBATCHES = 3, 16  # that are needed, and looked back at
@@ -44,9 +44,9 @@ class SpeedMeter:
         self._speeds: deque[float] = deque(maxlen=_MICROBATCHES)
         self.speed: float | None = None  # the median; None: not known yet
 
-    def begin(self, layout: AttentionLayout) -> Work | None:
+    def begin(self, layout: GroupedLayout) -> Work | None:
         """The work of a microbatch whose calls have this layout; None where they say nothing of the speed."""
-        shape = (layout.row_slot.shape, layout.page_table.shape, layout.decode.shape)
+        shape = (layout.row_slots.shape, layout.page_tables.shape, layout.decode.shape)
         decodes_alone = len(layout.tile_sequence) == 0
         came_before = shape in self._shapes
         if decodes_alone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from hetero_jax.errors import ConfigError
 from hetero_jax.head_fleet import HeadFleet
 from hetero_jax.local_worker import LocalWorker, own_cores
 from hetero_jax.offer import Offer
-from hetero_jax.pages import pages_for
+from hetero_jax.page_groups import SitePages
 from hetero_jax.remote_tier import RemoteTier
 from hetero_jax.worker_fleet import WorkerFleet
 from hetero_jax.worker_session import WorkerSession
@@ -27,13 +27,22 @@ from transport import Hello
 
 
 def make_tier2(
-    config: EngineConfig, plan: Plan, params: Any, placement: Placement, *, dtype: Any, max_model_len: int
+    config: EngineConfig,
+    plan: Plan,
+    params: Any,
+    placement: Placement,
+    *,
+    pages: Sequence[SitePages],
+    dtype: Any,
+    most_pages: int,
 ) -> tuple[AttentionTier | RemoteTier, WorkerFleet | None]:
     """The tier, and its workers where it has some.
 
     Args:
       params: of the plan, with arrays where its sites read them.
+      pages: of each site, where it keeps them.
       dtype: element type of the pools.
+      most_pages: that all sequences which run at once may hold.
     Raises:
       ConfigError: it does not fit, or has a site that workers do not serve.
       WorkerError: a worker is not there, or refuses.
@@ -41,20 +50,25 @@ def make_tier2(
     with jax.default_device(placement.tier2):
         weights = prepare_site_weights(plan, params, placement.tier2)
     if config.has_workers:
-        fleet = _make_fleet(config, plan, weights, dtype=dtype, max_model_len=max_model_len)
+        fleet = _make_fleet(config, plan, weights, pages, dtype=dtype, most_pages=most_pages)
         return RemoteTier(plan.sites, fleet, wire_dtype=config.wire_dtype, tier1=placement.tier1), fleet
     shape = {"page_size": config.page_size, "dtype": dtype, "device": placement.tier2, "tier1": placement.tier1}
-    return AttentionTier(plan.sites, weights, kv_cache_bytes=config.kv_cache_bytes, **shape), None
+    return AttentionTier(plan.sites, weights, pages=pages, kv_cache_bytes=config.kv_cache_bytes, **shape), None
 
 
 def _make_fleet(
-    config: EngineConfig, plan: Plan, weights: Mapping[Value, jax.Array], *, dtype: Any, max_model_len: int
+    config: EngineConfig,
+    plan: Plan,
+    weights: Mapping[Value, jax.Array],
+    pages: Sequence[SitePages],
+    *,
+    dtype: Any,
+    most_pages: int,
 ) -> WorkerFleet:
     shape = {"page_size": config.page_size, "dtype": dtype, "wire_dtype": config.wire_dtype}
     if config.kv_partition == "head":
         _check_heads(plan)
-    sites, artifacts = describe(plan.sites, weights, **shape)
-    most_pages = config.max_num_seqs * pages_for(max_model_len, config.page_size)
+    sites, artifacts = describe(plan.sites, pages, weights, **shape)
 
     def begin(address: str, secret: bytes | None, hello: Hello, tls: ssl.SSLContext | None = None) -> WorkerSession:
         times = {"step_timeout_s": config.step_timeout_s, "query_ahead_s": config.query_ahead_s}

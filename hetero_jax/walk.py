@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import GroupedLayout
 from hetero_jax.dense_tier import DenseTier
 from hetero_jax.devices import are_ready
 from hetero_jax.rows import PackedRows
@@ -31,7 +31,7 @@ class Tier2(Protocol):
 
     waited_s: float
 
-    def place_layout(self, layout: AttentionLayout, pools: Sequence[int]) -> Any: ...
+    def place_layout(self, layout: GroupedLayout, pools: Sequence[int]) -> Any: ...
 
     def begin(self, arrays: tuple[jax.Array, ...]) -> None: ...
 

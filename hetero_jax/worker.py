@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import GroupedLayout
 from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.described_site import DescribedSite, read_descriptions
 from hetero_jax.endpoint import split_address, worker_tls
@@ -33,7 +33,7 @@ from transport import (
 )
 from transport.errors import RefusedError
 
-_LAYOUT = tuple(field.name for field in fields(AttentionLayout))
+_LAYOUT = tuple(field.name for field in fields(GroupedLayout))
 
 
 class _Begun(NamedTuple):
@@ -71,9 +71,9 @@ class TierHandler(Handler):
         return Hello(fingerprint=hello.fingerprint, generation=hello.generation, page_budget=tier.num_pages)
 
     def layout(self, layout: Layout) -> None:
-        """As Handler. The layout has the fields of AttentionLayout."""
+        """As Handler. The layout has the fields of GroupedLayout."""
         assert self._tier is not None, "layouts follow a hello"
-        self._layouts[layout.slot] = self._tier.place_layout(read_layout(layout.arrays))
+        self._layouts[layout.slot] = self._tier.place_layout(read_layout(layout.arrays, self._tier.num_groups))
 
     def query(self, query: Query) -> None:
         """As Handler. What fails here fails the Attend, which the engine awaits."""
@@ -151,9 +151,14 @@ class TierHandler(Handler):
         if len(kinds) != 1:
             raise ConfigError(f"page sizes and dtypes of the sites: {sorted(kinds)}; allowed: one, the same for all")
         ((page_size, dtype),) = kinds
+        shapes = {site.pages.pool: site.page_shape for site in sites}
+        for site in sites:
+            if site.page_shape != (shape := shapes[site.pages.pool]):
+                raise ConfigError(f"pages {site.page_shape} and {shape} in one pool; allowed: of one shape")
         return AttentionTier(
             sites,
             {},
+            pages=[site.pages for site in sites],
             kv_cache_bytes=self._kv_cache_bytes,
             page_size=page_size,
             dtype=dtype,
@@ -162,16 +167,21 @@ class TierHandler(Handler):
         )
 
 
-def read_layout(arrays: Mapping[str, np.ndarray]) -> AttentionLayout:
+def read_layout(arrays: Mapping[str, np.ndarray], num_groups: int) -> GroupedLayout:
     """The layout in a Layout.
 
     Raises:
-      ConfigError: an array is missing or is not int32.
+      ConfigError: an array is missing or is not int32, or page tables or slots are not those of so many groups.
     """
     for name in _LAYOUT:
         if name not in arrays or arrays[name].dtype != np.int32:
             raise ConfigError(f"a layout with {sorted(arrays)}; allowed: {', '.join(_LAYOUT)}, all int32")
-    return AttentionLayout(**{name: arrays[name] for name in _LAYOUT})
+    layout = GroupedLayout(**{name: arrays[name] for name in _LAYOUT})
+    tables, slots = list(layout.page_tables.shape), list(layout.row_slots.shape)
+    if (len(tables), len(slots), tables[:1], slots[:1]) != (3, 2, [num_groups], [num_groups]):
+        allowed = f"[{num_groups}, sequences, pages] and [{num_groups}, rows]"
+        raise ConfigError(f"page tables {tables} and slots {slots}; allowed: {allowed}")
+    return layout
 
 
 def make_server(

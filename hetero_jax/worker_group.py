@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import GroupedLayout
 from hetero_jax.depth import CallTimes
 from hetero_jax.head_slices import HeadSlice
 from hetero_jax.pool_session import PlacedRows
@@ -39,10 +39,10 @@ class WorkerGroup:
         """Nothing more is sent: the members are about to serve other pools."""
         self._ended = True
 
-    def place(self, rows: np.ndarray, layout: AttentionLayout) -> GroupShare:
+    def place(self, rows: np.ndarray, layout: GroupedLayout) -> GroupShare:
         """As PoolSession."""
         parts = [member.place(rows, layout) for member in self.members]
-        return GroupShare(group=self, rows=rows, num_rows=len(layout.row_slot), parts=parts)
+        return GroupShare(group=self, rows=rows, num_rows=layout.call_rows, parts=parts)
 
     def attend(
         self, site: int, parts: Sequence[Share], inputs: Sequence[np.ndarray], row_shape: tuple[int, ...]

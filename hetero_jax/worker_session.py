@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import GroupedLayout
 from hetero_jax.depth import CallTimes
 from hetero_jax.endpoint import split_address
 from hetero_jax.errors import WorkerError
@@ -112,14 +112,14 @@ class WorkerSession:
             self._take_stock(found)
         return found is not None
 
-    def place(self, rows: np.ndarray, layout: AttentionLayout) -> Share:
+    def place(self, rows: np.ndarray, layout: GroupedLayout) -> Share:
         """As PoolSession."""
         if not self._free_slots:
             raise WorkerError(f"worker {self.address}: {MAX_LAYOUTS} microbatches in flight; allowed: no more")
         slot = self._free_slots.pop()
         self._unless_lost(lambda: self._client.layout(slot=slot, arrays=_by_name(layout)))
         work = self._meter.begin(layout)
-        share = Share(session=self, rows=rows, num_rows=len(layout.row_slot), slot=slot, work=work)
+        share = Share(session=self, rows=rows, num_rows=layout.call_rows, slot=slot, work=work)
         # Messages arrive in order: what comes after the last call of this Share may take its slot.
         weakref.finalize(share, self._free_slots.append, slot).atexit = False
         return share
@@ -279,5 +279,5 @@ class Call:
         return out
 
 
-def _by_name(layout: AttentionLayout) -> dict[str, np.ndarray]:
+def _by_name(layout: GroupedLayout) -> dict[str, np.ndarray]:
     return {field.name: getattr(layout, field.name) for field in dataclasses.fields(layout)}

@@ -42,7 +42,7 @@ class _Case:
         chunks = []
         for seq_id, (context, new) in enumerate(lengths):
             pages = tuple(int(free.pop()) for _ in range(-(-(context + new) // page_size)))
-            chunks.append(Chunk(seq_id, context, new, True, pages))
+            chunks.append(Chunk(seq_id, context, new, True, (pages,)))
         self.batch = Batch(0, tuple(chunks))
         draw = lambda tokens, heads, dim: self.random.normal(size=(tokens, heads, dim)).astype(self.dtype)  # noqa: E731
         self.k = [draw(c + n, spec.num_kv_heads, spec.head_dim) for c, n in lengths]
@@ -57,7 +57,7 @@ class _Case:
         v = self.random.normal(size=(*shape, self.spec.v_head_dim)).astype(self.dtype)
         for chunk, keys, values in zip(self.batch.chunks, self.k, self.v, strict=True):
             for position in range(chunk.start):
-                page, offset = chunk.pages[position // self.page_size], position % self.page_size
+                page, offset = chunk.page_tables[0][position // self.page_size], position % self.page_size
                 k[page, offset], v[page, offset] = keys[position], values[position]
         if self.dtype.itemsize == 2:
             k, v = k.view(np.uint16), v.view(np.uint16)
@@ -73,7 +73,8 @@ class _Case:
             return np.concatenate([joined, np.ones((noise, *joined.shape[1:]), self.dtype)])
 
         k, v = ([a[c.start :] for a, c in zip(arrays, self.batch.chunks, strict=True)] for arrays in (self.k, self.v))
-        return _jitted(self.spec)(self.pool(), rows(self.q), rows(k), rows(v), packed.layout, sinks=self.sinks)
+        layout = packed.layout.of_group(0)
+        return _jitted(self.spec)(self.pool(), rows(self.q), rows(k), rows(v), layout, sinks=self.sinks)
 
     def expected(self) -> np.ndarray:
         found = []
@@ -136,10 +137,11 @@ def test_the_pool_holds_the_new_rows_and_no_other_place_changes():
     after, _ = case.run()
 
     changed = (np.asarray(after.k) != np.asarray(before.k)).any(axis=(2, 3))
-    touched = {(c.pages[p // 16], p % 16) for c in case.batch.chunks for p in range(c.start, c.start + c.length)}
+    chunks = case.batch.chunks
+    touched = {(c.page_tables[0][p // 16], p % 16) for c in chunks for p in range(c.start, c.start + c.length)}
     assert set(zip(*np.nonzero(changed), strict=True)) == touched
     first = case.batch.chunks[0]
-    np.testing.assert_array_equal(np.asarray(after.k)[first.pages[20 // 16], 20 % 16], case.k[0][20])
+    np.testing.assert_array_equal(np.asarray(after.k)[first.page_tables[0][20 // 16], 20 % 16], case.k[0][20])
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (3, 4), (64, 64), (65, 128)])

@@ -18,6 +18,7 @@ from hetero_jax.described_site import describe, read_descriptions
 from hetero_jax.errors import ConfigError, WorkerError
 from hetero_jax.exported_attention import MAX_PROGRAM_BYTES
 from hetero_jax.joined_rows import JoinedRows
+from hetero_jax.page_groups import group_pages
 from hetero_jax.worker import make_server
 from small_model import SmallModel
 from transport import WorkerServer
@@ -161,10 +162,15 @@ def test_what_programs_do_not_serve_is_refused_by_the_engine(options, message):
         hj.Engine(plan, hj.EngineConfig(workers=("127.0.0.1:1",), **options))
 
 
+def _describe(plan: hj.Plan):
+    pages = group_pages(plan.sites, max_model_len=64).sites
+    return describe(plan.sites, pages, {}, page_size=4, dtype="float32", wire_dtype="float32")
+
+
 @pytest.fixture(scope="module")
 def described():
     plan = hj.partition(SIGMOID, SIGMOID.params(), max_rows=64)
-    return describe(plan.sites, {}, page_size=4, dtype="float32", wire_dtype="float32")
+    return _describe(plan)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +210,7 @@ def test_programs_are_the_same_wherever_they_are_made_and_name_no_files(describe
     _, artifacts = described
     jax.clear_caches()
     plan = hj.partition(SIGMOID, SIGMOID.params(), max_rows=64)
-    _, again = describe(plan.sites, {}, page_size=4, dtype="float32", wire_dtype="float32")
+    _, again = _describe(plan)
     assert [array.tobytes() for array in again] == [array.tobytes() for array in artifacts]
     assert not any(b".py" in array.tobytes() for array in again)
 

@@ -38,6 +38,7 @@ def _described(spec: AttentionSpec, pool: int = 0) -> dict:
         **dataclasses.asdict(spec),
         "alibi_slopes": None if slopes is None else " ".join(map(str, slopes)),
         "sink_scores": " ".join(map(str, SINKS)) if spec.has_sinks else "",
+        "group": 0,
         "pool": pool,
         "page_size": 16,
         "kv_cache_dtype": "float32",

@@ -70,7 +70,7 @@ def test_what_a_pool_has_no_pages_for_goes_to_the_others():
 
 
 def test_a_row_of_a_model_with_windows_attends_to_no_more():
-    executor = Executor(make_config(window=8, num_microbatches=1), {0: 100, 1: 100})
+    executor = Executor(make_config(8, num_microbatches=1), {0: 100, 1: 100})
     executor.add(0, prompt=80, max_tokens=2)
     for seq_id in range(1, 4):
         executor.add(seq_id, prompt=8, max_tokens=2)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hetero_jax.errors import CapacityError, ConfigError, RequestError
 from hetero_jax.pages import PageAllocator
+from hetero_jax.prefixes import Prefixes
 from hetero_jax.scheduler_state import Pool, ScheduledSequence
 from hetero_jax.scheduler_types import SchedulerConfig
 from scheduler_executor import Executor, jobs, make_config, make_executor, make_scheduler
@@ -68,7 +69,7 @@ def test_single_prompt_is_prefilled_in_chunks_and_decoded() -> None:
     seen: list[tuple[int, int, bool, int]] = []
     while (batch := executor.launch()) is not None:
         (chunk,) = batch.chunks
-        seen.append((chunk.start, chunk.length, chunk.samples, len(chunk.pages)))
+        seen.append((chunk.start, chunk.length, chunk.samples, len(chunk.page_tables[0])))
         assert executor.launch() is None  # it is in flight
         executor.land(batch.batch_id)
     assert seen == [(0, 8, False, 2), (8, 8, False, 4), (16, 4, True, 5), (20, 1, True, 6), (21, 1, True, 6)]
@@ -76,7 +77,7 @@ def test_single_prompt_is_prefilled_in_chunks_and_decoded() -> None:
 
 
 def test_a_window_frees_pages_and_lets_a_sequence_be_longer_than_the_pool() -> None:
-    executor = make_executor(5, page_size=4, max_num_batched_tokens=8, window=6)
+    executor = make_executor(5, page_size=4, max_num_batched_tokens=8, windows=(6,))
     executor.add(0, prompt=60, max_tokens=20)
     executor.drain(random.Random(0))
     assert executor.done == {0: 20} and executor.scheduler.num_preemptions == 0
@@ -296,11 +297,11 @@ def test_whoever_waits_for_a_beginning_goes_on_where_its_computation_ends() -> N
 
 
 def test_what_sequences_free_together_counts_pages_that_nobody_else_has() -> None:
-    pool = Pool(0, PageAllocator(9))
+    pool = Pool(0, PageAllocator(9), Prefixes())
     first, second, third = (ScheduledSequence(seq_id, seq_id, 1, 2, 64) for seq_id in range(3))
     for seq, pages in ((first, [0, 1, 2]), (second, [0, 1, 3]), (third, [0, 4])):
-        seq.enter(pool, 0)
-        seq.pages = tuple(pages)
+        seq.enter(pool, [0])
+        seq.grow(pages)
     pool.pages.allocate(5)
     pool.pages.share([0, 0, 1])
     assert [pool.freed_by(some) for some in ([], [first], [first, second], [first, second, third])] == [0, 1, 3, 5]

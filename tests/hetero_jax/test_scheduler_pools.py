@@ -138,8 +138,10 @@ def test_a_draining_pool_is_left_as_soon_as_another_holds_its_sequences() -> Non
     assert executor.scheduler.drained_pools == [0]
 
 
-def _two_pools(formats: str, *, pages: tuple[int, int] = (20, 20), **config: int | None) -> Executor:
-    limits = make_config(page_size=2, num_microbatches=1, **config)
+def _two_pools(
+    formats: str, *, pages: tuple[int, int] = (20, 20), windows: tuple[int | None, ...] = (), **config: int
+) -> Executor:
+    limits = make_config(*windows, page_size=2, num_microbatches=1, **config)
     return Executor(limits, dict(enumerate(pages)), formats=dict(enumerate(formats)))
 
 
@@ -181,7 +183,7 @@ def test_in_the_middle_of_its_prompt_it_moves_too() -> None:
 
 
 def test_behind_a_window_only_the_pages_that_it_still_has_move() -> None:
-    executor = _two_pools("aa", pages=(6, 6), max_num_batched_tokens=2, window=4)
+    executor = _two_pools("aa", pages=(6, 6), max_num_batched_tokens=2, windows=(4,))
     executor.add(0, prompt=30, max_tokens=3)
     for _ in range(8):
         last = _step(executor)

@@ -16,7 +16,7 @@ SITES = 3
 def _layout(*chunks: tuple[int, int]):
     """Of chunks (start, length)."""
     parts = [
-        Chunk(number, start, length, True, tuple(range(-(-(start + length) // 16))))
+        Chunk(number, start, length, True, (tuple(range(-(-(start + length) // 16))),))
         for number, (start, length) in enumerate(chunks)
     ]
     batch = Batch(0, tuple(parts))

@@ -17,6 +17,7 @@ from hetero_jax.worker import TierHandler
 from paged_case import PagedCase, Sequence
 from partition import AttentionSpec
 from transport import Attend, Hello, Layout, Query
+from transport.errors import RefusedError
 
 SPEC = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=24, v_head_dim=16, scale=24**-0.5)
 
@@ -99,17 +100,22 @@ def _by_handler(case: PagedCase, dtype: str, *, ahead: bool = False) -> list[np.
     return [np.asarray(out[first : first + new]) for first, (_, new) in zip(firsts, case.sequences, strict=False)]
 
 
-def _handler(case: PagedCase, *, sites: int = 1) -> TierHandler:
-    """Its sites share one pool."""
-    handler = TierHandler(kv_cache_bytes=1 << 20)
-    site = {
+def _site(case: PagedCase) -> dict:
+    return {
         **dataclasses.asdict(case.spec),
         "sink_scores": "",
+        "group": 0,
         "pool": 0,
         "page_size": case.page_size,
         "kv_cache_dtype": "float32",
     }
-    granted = handler.hello(Hello(fingerprint="", generation=1, page_budget=case.num_pages, sites=(site,) * sites))
+
+
+def _handler(case: PagedCase, *others: dict) -> TierHandler:
+    """Of a site, and of others that differ from it by so much."""
+    handler = TierHandler(kv_cache_bytes=1 << 20)
+    sites = tuple(_site(case) | changes for changes in ({}, *others))
+    granted = handler.hello(Hello(fingerprint="", generation=1, page_budget=case.num_pages, sites=sites))
     assert granted.page_budget == case.num_pages
     return handler
 
@@ -119,7 +125,9 @@ def _complete(layout) -> dict[str, np.ndarray]:
     last = len(layout.num_rows) - 1
     tiles = [(s, at) for s, n in enumerate(layout.num_rows) if n > 1 for at in range(0, n, 64)]
     return {
-        **{field.name: getattr(layout, field.name) for field in dataclasses.fields(layout)},
+        **{name: getattr(layout, name) for name in ("first_row", "num_rows", "context")},
+        "page_tables": layout.page_table[None],  # of one group
+        "row_slots": layout.row_slot[None],
         "decode": np.asarray([*np.flatnonzero(layout.num_rows == 1), last], np.int32),
         "tile_sequence": np.asarray([s for s, _ in tiles], np.int32),
         "tile_offset": np.asarray([at for _, at in tiles], np.int32),
@@ -169,10 +177,40 @@ def test_calls_and_queries_that_do_not_belong_together_are_refused(query, attend
 
 def test_queries_of_sites_that_keep_no_keys_are_refused():
     case = PagedCase([Sequence(0, 4)], SPEC, padding=0)
-    handler = _handler(case, sites=2)
+    handler = _handler(case, {})
     layout, q, k, v = case.rows(old=False)
     handler.layout(Layout(slot=0, arrays=_complete(layout)))
     handler.attend(Attend(request_id=1, site=0, layout=0, q=q, k=k, v=v))
     handler.query(Query(site=1, layout=0, q=q))
     with pytest.raises(ConfigError, match="q of site 1 alone; allowed: of sites that keep k and v"):
         handler.attend(Attend(request_id=2, site=1, layout=0, q=None))
+
+
+def test_sites_of_several_groups_share_a_pool_of_pages_of_one_shape():
+    case = PagedCase([Sequence(0, 4)], SPEC, padding=0)
+    with pytest.raises(RefusedError, match=r"pages \(2, 24, 16\) and \(2, 8, 16\) in one pool; allowed: of one shape"):
+        _handler(case, {"group": 1, "head_dim": 8})
+    handler = _handler(case, {"group": 1})
+    layout, q, k, v = case.rows(old=False)
+    with pytest.raises(
+        ConfigError,
+        match=r"page tables \[1, 2, 2\] and slots \[1, 4\]; allowed: \[2, sequences, pages\] and \[2, rows\]",
+    ):
+        handler.layout(Layout(slot=0, arrays=_complete(layout)))
+    handler.layout(Layout(slot=0, arrays={**_complete(layout), **_two_groups(case, layout)}))
+    (first, second) = (
+        handler.attend(Attend(request_id=1, site=site, layout=0, q=q, k=k, v=values)).out
+        for site, values in enumerate((v, 2 * v))
+    )
+    np.testing.assert_allclose(second, 2 * first, rtol=1e-5)
+    again = handler.attend(Attend(request_id=1, site=0, layout=0, q=q, k=k, v=v)).out  # what the other did not touch
+    assert again.tobytes() == first.tobytes()
+
+
+def _two_groups(case: PagedCase, layout) -> dict[str, np.ndarray]:
+    """Of which the second has the next page, round the end."""
+    slots = (layout.row_slot + case.page_size) % (case.num_pages * case.page_size)
+    return {
+        "page_tables": np.stack([layout.page_table, (layout.page_table + 1) % case.num_pages]),
+        "row_slots": np.stack([layout.row_slot, slots]),
+    }

@@ -11,6 +11,7 @@ import numpy as np
 
 from hetero_jax.attention_tier import AttentionTier
 from hetero_jax.dense_tier import DenseTier
+from hetero_jax.page_groups import group_pages
 from hetero_jax.pages import pages_for
 from hetero_jax.rows import pack
 from hetero_jax.scheduler_types import Batch, Chunk
@@ -26,9 +27,11 @@ class CachedDecoder:
     def __init__(self, plan: Plan, params: Any, sequences: Sequence[np.ndarray]) -> None:
         device = jax.devices()[0]
         dense = DenseTier(plan, params, device=device)
+        groups = group_pages(plan.sites, max_model_len=plan.max_rows)
         attention = AttentionTier(
             plan.sites,
             prepare_site_weights(plan, params, device),
+            pages=groups.sites,
             kv_cache_bytes=1 << 20,
             page_size=PAGE_SIZE,
             dtype=jnp.float32,
@@ -38,13 +41,14 @@ class CachedDecoder:
         self.tiers = Tiers(plan, dense, attention, Timings())
         self.logits = [np.zeros((len(tokens), plan.vocab_size), np.float32) for tokens in sequences]
         counts = [pages_for(len(tokens), PAGE_SIZE) for tokens in sequences]
-        pages = np.random.default_rng(5).permutation(sum(counts))
-        self.pages = [tuple(part) for part in np.split(pages, np.cumsum(counts)[:-1])]
+        num_groups = len(groups.windows)
+        pages = np.random.default_rng(5).permutation(sum(counts) * num_groups).reshape(num_groups, -1)
+        self.pages = np.split(pages, np.cumsum(counts)[:-1], axis=1)  # of each sequence, [groups, pages]
 
     def run(self, spans: dict[int, tuple[int, int]]) -> None:
         """One microbatch: for each sequence its rows [start, stop)."""
         chunks = tuple(
-            Chunk(seq, start, stop - start, True, self.pages[seq][: pages_for(stop, PAGE_SIZE)])
+            Chunk(seq, start, stop - start, True, tuple(map(tuple, self.pages[seq][:, : pages_for(stop, PAGE_SIZE)])))
             for seq, (start, stop) in spans.items()
         )
         rows = pack(

@@ -23,10 +23,10 @@ from hetero_jax.scheduler_types import (
 )
 
 
-def make_config(window: int | None = None, **changes: int) -> SchedulerConfig:
+def make_config(*windows: int | None, **changes: int) -> SchedulerConfig:
     limits = {"page_size": 16, "max_model_len": 4096}
     load = {"max_num_batched_tokens": 512, "max_num_seqs": 256, "num_microbatches": 2}
-    return SchedulerConfig(window=window, **(limits | load | changes))
+    return SchedulerConfig(windows=windows or (None,), **(limits | load | changes))
 
 
 def make_scheduler(*pools: int, **config: int) -> Scheduler:
@@ -56,10 +56,11 @@ class Executor:
     sequences: dict[int, Mirror] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)  # tokens generated
     in_flight: dict[int, Batch] = field(default_factory=dict)
-    written: dict[tuple[int, int, int], int] = field(default_factory=dict)  # pool, page, offset -> what was computed
+    # pool, page, offset -> group, what was computed
+    written: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
     families: int = 0  # of prompts; those of one begin alike. 0: no prompts are shared
     num_common: int = 0  # tokens that all families begin with
-    tables: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    tables: dict[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # of each group
     homes: dict[int, int] = field(default_factory=dict)  # sequence -> pool of its last chunk
     draining: set[int] = field(default_factory=set)
     formats: dict[int, str] = field(default_factory=dict)  # of pages, by pool
@@ -85,23 +86,20 @@ class Executor:
         prompt = self.sequences[seq_id].prompt
         return hash(prompt[: position + 1] if position < len(prompt) else (seq_id, position))
 
-    def _slot(self, chunk: Chunk, position: int) -> tuple[int, int, int]:
+    def _slot(self, chunk: Chunk, group: int, position: int) -> tuple[int, int, int]:
         page, offset = divmod(position, self.config.page_size)
-        return chunk.pool, chunk.pages[page], offset
+        return chunk.pool, chunk.page_tables[group][page], offset
 
     def _check_pages(self, chunk: Chunk) -> None:
         """All that its rows see was computed and is there still, and nobody else uses what they write to."""
-        first = max(0, chunk.start - self._sees + 1)
-        for position in range(first, chunk.start):
-            assert self.written.get(self._slot(chunk, position)) == self._content(chunk.seq_id, position)
-        theirs = {
-            page
-            for batch in self.in_flight.values()
-            for other in batch.chunks
-            if other.pool == chunk.pool
-            for page in other.pages[self._first_seen(other) :]
-        }
-        assert not theirs.intersection(chunk.pages[chunk.start // self.config.page_size :])
+        for group, window in enumerate(self.config.windows):
+            for position in range(self._oldest(window, chunk.start), chunk.start):
+                content = group, self._content(chunk.seq_id, position)
+                assert self.written.get(self._slot(chunk, group, position)) == content
+        others = (other for batch in self.in_flight.values() for other in batch.chunks if other.pool == chunk.pool)
+        theirs = {page for other in others for page in self._seen_pages(other)}
+        ours = [page for table in chunk.page_tables for page in table[chunk.start // self.config.page_size :]]
+        assert len(set(ours)) == len(ours) and not theirs.intersection(ours)
 
     def launch(self) -> Batch | None:
         self.move()
@@ -118,9 +116,8 @@ class Executor:
             seq = self.sequences[chunk.seq_id]
             assert not seq.in_flight
             seq.in_flight = True
-            seen, ours = self._first_seen(chunk), self.tables.get(chunk.seq_id, ())
             whole, rest = divmod(chunk.start, self.config.page_size)
-            goes_on = chunk.start == seq.computed > 0 and chunk.pages[seen:whole] == ours[seen:whole]
+            goes_on = chunk.start == seq.computed > 0 and self._has_kept(chunk, whole)
             is_new = not goes_on or chunk.pool != self.homes[chunk.seq_id]  # one worker has the whole sequence
             if is_new:  # a residency begins with a page, behind what others have computed
                 assert rest == 0 and whole * self.config.page_size < len(seq.prompt) + seq.generated
@@ -132,18 +129,18 @@ class Executor:
             known = len(seq.prompt) + seq.generated
             assert chunk.length >= 1 and chunk.start + chunk.length <= known
             assert chunk.samples == (chunk.start + chunk.length == known)
-            assert len(chunk.pages) == -(-(chunk.start + chunk.length) // self.config.page_size)
-            table = self.tables.get(chunk.seq_id, ())
-            assert all(0 <= page < self.pools[chunk.pool] for page in chunk.pages)
-            if not is_new:
-                assert chunk.pages[seen : len(table)] == table[seen:]  # what is written stays where it is
+            assert len(chunk.page_tables) == len(self.config.windows)
+            for table in chunk.page_tables:
+                assert len(table) == -(-(chunk.start + chunk.length) // self.config.page_size)
+                assert all(0 <= page < self.pools[chunk.pool] for page in table)
+            assert is_new or self._has_kept(chunk, None)  # what is written stays where it is
             self._check_pages(chunk)
-            assert len(chunk.pages) - seen <= self.config.most_pages(chunk.start + chunk.length)
-            self.tables[chunk.seq_id], self.homes[chunk.seq_id] = chunk.pages, chunk.pool
+            assert len(self._seen_pages(chunk)) <= self.config.most_pages(chunk.start + chunk.length)
+            self.tables[chunk.seq_id], self.homes[chunk.seq_id] = chunk.page_tables, chunk.pool
             self.in_flight[batch.batch_id] = Batch(batch.batch_id, batch.chunks[: batch.chunks.index(chunk) + 1])
         self.in_flight[batch.batch_id] = batch
         chunks = [c for b in self.in_flight.values() for c in b.chunks if c.pool in self.pools]
-        flying = {(c.pool, page) for c in chunks for page in c.pages[self._first_seen(c) :]}
+        flying = {(c.pool, page) for c in chunks for page in self._seen_pages(c)}
         assert len(flying) <= self.scheduler.pages_used <= self.scheduler.pages_total == sum(self.pools.values())
         assert self.scheduler.num_running <= self.config.max_num_seqs
         return batch
@@ -163,7 +160,9 @@ class Executor:
                 self.scheduler.replay(seq_id)
                 continue
             moved = dict(zip(move.source_pages, move.target_pages, strict=True))
-            self.tables[seq_id] = tuple(moved.get(page, -1) for page in self.tables.get(seq_id, ()))
+            self.tables[seq_id] = tuple(
+                tuple(moved.get(page, -1) for page in table) for table in self.tables.get(seq_id, ())
+            )
             self.homes[seq_id] = target
             copied = {place: found for place, found in self.written.items() if place[:1] == (source,)}
             self.written |= {
@@ -193,14 +192,43 @@ class Executor:
     def _reads(self, seq: Mirror) -> int:
         return min(len(seq.prompt) + seq.generated, self._sees)
 
-    def _first_seen(self, chunk: Chunk) -> int:
-        """The first page that a row of the chunk sees."""
-        return max(0, chunk.start - self._sees + 1) // self.config.page_size
+    def _oldest(self, window: int | None, position: int) -> int:
+        """The first position that a row sees."""
+        return 0 if window is None else max(0, position - window + 1)
+
+    def _first_seen(self, chunk: Chunk) -> list[int]:
+        """Of each group, the first page that a row of the chunk sees."""
+        return [self._oldest(window, chunk.start) // self.config.page_size for window in self.config.windows]
+
+    def _seen_pages(self, chunk: Chunk) -> list[int]:
+        """Of all groups."""
+        seen = zip(self._first_seen(chunk), chunk.page_tables, strict=True)
+        return [page for first, table in seen for page in table[first:]]
+
+    def _has_kept(self, chunk: Chunk, stop: int | None) -> bool:
+        """Up to that page its tables say what the last chunk's did, for what its rows see."""
+        before = self.tables.get(chunk.seq_id, ((),) * len(self.config.windows))
+        return all(
+            table[first : len(old)][: None if stop is None else max(0, stop - first)] == old[first:stop]
+            for first, table, old in zip(self._first_seen(chunk), chunk.page_tables, before, strict=True)
+        )
+
+    def pages_needed(self) -> int:
+        """Of all sequences that run: what their rows, now or next, see and write. None shares or was preempted."""
+        chunks = {chunk.seq_id: chunk for batch in self.in_flight.values() for chunk in batch.chunks}
+        found = 0
+        for seq_id, tables in self.tables.items():
+            if seq_id in self.sequences:
+                start = chunks[seq_id].start if seq_id in chunks else self.sequences[seq_id].computed
+                for window, table in zip(self.config.windows, tables, strict=True):
+                    last = max(0, -(-start // self.config.page_size) - 1)  # which stays in any case
+                    found += len(table) - min(self._oldest(window, start) // self.config.page_size, last)
+        return found
 
     @property
     def _sees(self) -> int:
-        """Most positions that a row attends to."""
-        return self.config.window or self.config.max_model_len
+        """Most positions that a row attends to at any site."""
+        return max(window or self.config.max_model_len for window in self.config.windows)
 
     def join(self, number: int, num_pages: int, page_format: str = "") -> None:
         self.pools[number], self.formats[number] = num_pages, page_format
@@ -237,7 +265,9 @@ class Executor:
                 continue
             seq.computed += chunk.length
             for position in range(chunk.start, seq.computed):
-                self.written[self._slot(chunk, position)] = self._content(chunk.seq_id, position)
+                for group in range(len(self.config.windows)):
+                    content = group, self._content(chunk.seq_id, position)
+                    self.written[self._slot(chunk, group, position)] = content
             if chunk.samples:
                 seq.generated += 1
                 finished[chunk.seq_id] = seq.generated == seq.ends_after
@@ -260,22 +290,23 @@ class Executor:
         return landed
 
 
-def make_executor(*pools: int, **config: int | None) -> Executor:
+def make_executor(*pools: int, windows: tuple[int | None, ...] = (), **config: int) -> Executor:
     """With pools of so many pages."""
-    return Executor(make_config(**config), dict(enumerate(pools)))
+    return Executor(make_config(*windows, **config), dict(enumerate(pools)))
 
 
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[SchedulerConfig, list[int], list[tuple[int, int, int]]]:
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
-    pools = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    windows = draw(st.lists(st.one_of(st.none(), st.integers(1, 64)), min_size=1, max_size=3))
+    pools = draw(st.lists(st.integers(len(windows), 12 * len(windows)), min_size=1, max_size=3))
     config = make_config(
+        *windows,
         page_size=page_size,
         max_num_batched_tokens=draw(st.integers(1, 40)),
         max_num_seqs=draw(st.integers(1, 8)),
         num_microbatches=draw(st.integers(1, 4)),
         max_model_len=64,
-        window=draw(st.one_of(st.none(), st.integers(1, 64))),
     )
     fitting = (n for n in range(config.max_model_len, 0, -1) if config.most_pages(n) <= max(pools))
     limit = next(fitting)

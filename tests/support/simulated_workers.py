@@ -163,7 +163,7 @@ class Simulation:
 
     def _compute(self, chunk: Chunk) -> int:
         """Write the chunk's tokens into the cache, and read all of them back from where the page table says."""
-        slots = [chunk.pages[at // PAGE] * PAGE + at % PAGE for at in range(chunk.start + chunk.length)]
+        slots = [chunk.page_tables[0][at // PAGE] * PAGE + at % PAGE for at in range(chunk.start + chunk.length)]
         cache = self.workers[chunk.pool].cache
         for at in range(chunk.start, chunk.start + chunk.length):
             cache[slots[at]] = self.tokens[chunk.seq_id][at]
