@@ -9,7 +9,7 @@
     body     raw tensors, a multiple of 64 bytes
 
 So frames that follow each other in one block of memory have their bodies aligned, and stay where they were received.
-A frame of up to 128 KiB comes whole in one read if the last one was as large; of others all but the first 16 KiB is
+A frame of up to 260 KiB comes whole in one read if the last one was as large; of others all but the first 16 KiB is
 received into memory of its own. A body may be larger than memory allows to believe a mere claim: no more than four
 times what has arrived is allocated.
 """
@@ -37,10 +37,10 @@ _MAGIC = b"HJXF"
 _START = struct.Struct("<4sI")  # magic and CRC
 _REST = struct.Struct("<BBHIQQ4Q")  # of the prefix
 _PREFIX = struct.Struct("<4sIBBHIQQ4Q")
-_BLOCK_BYTES = 1 << 18
 _SMALLEST_READ_BYTES = 1 << 14
-_LARGEST_READ_BYTES = 1 << 17  # and largest frame that may lie in a block
-_FIRST_BODY_BYTES = 1 << 19
+_LARGEST_READ_BYTES = (1 << 18) + (1 << 12)  # a round body and its head; no larger frame need lie in a block
+_BLOCK_BYTES = 2 * _LARGEST_READ_BYTES
+_FIRST_BODY_BYTES = 1 << 18
 _ZEROS = bytes(ALIGNMENT)
 _GROWTH = 2  # with the smaller ones, which the pool keeps: four times what has arrived
 
