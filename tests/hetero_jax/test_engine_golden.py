@@ -47,9 +47,12 @@ def runs(model) -> dict[str, tuple[hj.EngineStats, dict[str, tuple[int, ...]]]]:
     found = {}
     for order, (name, config) in enumerate(CONFIGS.items()):
         engine = hj.Engine(model, config)
-        rows = [row for row in golden_rows() if len(row["prompt_ids"]) + 48 <= engine.max_model_len]
-        if name.startswith("so few"):
-            rows = [row for row in rows if len(row["prompt_ids"]) < 100]
+        rows = [row for row in golden_rows() if len(row["prompt_ids"]) < 100]
+        long = [row for row in golden_rows() if 100 <= len(row["prompt_ids"]) <= engine.max_model_len - 48]
+        if name == "default":
+            rows += long
+        elif not name.startswith("so few"):
+            rows += long[order % 2 :: 2]  # each in one of the two
         tokens = {completion.id: completion.token_ids for completion in engine.generate(_requests(rows, order))}
         found[name] = (engine.stats, tokens)
     return found
