@@ -135,7 +135,7 @@ def test_a_decoded_row_has_the_bits_of_a_prefilled_one(isa, dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(sequences, specs, st.sampled_from([1, 5, 16, 24, 128]), st.sampled_from(list(HELD)), st.integers(0, 2**16))
 def test_queries_ahead_of_keys_and_values_change_no_bit(isa, sequences, spec, page_size, dtype, seed) -> None:
     case = PagedCase(sequences, spec, page_size=page_size, seed=seed)
@@ -173,7 +173,7 @@ def trees(draw) -> tuple[list[Sequence], dict[int, tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     trees(),
     st.sampled_from([1, 3, 8, 16]),
