@@ -11,6 +11,7 @@ slow worker's part of the KV positions, and for how long a step keeps each of th
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import ExitStack
 
@@ -20,7 +21,7 @@ from absl import app, flags
 import hetero_jax as hj
 from experiments.markdown import print_header, print_row
 from experiments.pinned_worker import pinned_worker
-from experiments.plain_decoder import VOCAB, forward, params
+from experiments.plain_decoder import forward, generate, params
 from experiments.throttle import throttled
 
 _SEQUENCES = flags.DEFINE_integer("sequences", 24, "Running at once.", lower_bound=4)
@@ -60,9 +61,10 @@ def _measure(
         )
         stack.enter_context(throttled(pid, _RUNNING.value))
         engine.trace = trace = hj.Trace()
-        _generate(engine, 8 if even_ms is None else _TOKENS)  # compiles; measures and moves, where there is room
+        run = functools.partial(generate, engine, sequences=_SEQUENCES.value, context=_CONTEXT.value)
+        run(tokens=8 if even_ms is None else _TOKENS)  # compiles; measures and moves, where there is room
         before = engine.stats.tokens_generated
-        _generate(engine, _TOKENS)
+        run(tokens=_TOKENS)
         begin_s, end_s, steps = _decode_window(trace, before)
     step_ms, slow_ms, fast_ms = (
         1e3 * seconds / steps
@@ -76,12 +78,6 @@ def _measure(
     cells = [f"{each:.2f}" for each in (held[0] / sum(held), step_ms, slow_ms, fast_ms, step_ms / (even_ms or step_ms))]
     print_row([name, *cells])
     return step_ms, engine
-
-
-def _generate(engine: hj.Engine, tokens: int) -> None:
-    chance = np.random.default_rng(0)
-    prompts = [chance.integers(0, VOCAB, _CONTEXT.value).tolist() for _ in range(_SEQUENCES.value)]
-    list(engine.generate(prompts, hj.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)))
 
 
 def _decode_window(trace: hj.Trace, before: int) -> tuple[float, float, float]:

@@ -7,12 +7,11 @@ The workers are processes of this machine, each on its own cores, which the engi
 
 from __future__ import annotations
 
-import numpy as np
 from absl import app, flags
 
 import hetero_jax as hj
 from experiments.markdown import print_header, print_row
-from experiments.plain_decoder import VOCAB, forward, params
+from experiments.plain_decoder import forward, generate, params
 
 _PARTITIONS = flags.DEFINE_list("kv_partitions", ["sequence", "head"], "As for hetero-jax generate.")
 _SEQUENCES = flags.DEFINE_list("sequences", ["1", "2", "4"], "Running at once.")
@@ -47,10 +46,8 @@ def _engine(partition: str) -> hj.Engine:
 
 def _step_ms(engine: hj.Engine, count: int) -> float:
     """Over the second half of the steps."""
-    chance = np.random.default_rng(0)
-    prompts = [chance.integers(0, VOCAB, _CONTEXT.value).tolist() for _ in range(count)]
     before, engine.trace = engine.stats.tokens_generated, hj.Trace()
-    list(engine.generate(prompts, hj.SamplingParams(max_tokens=_TOKENS.value, temperature=0, ignore_eos=True)))
+    generate(engine, sequences=count, context=_CONTEXT.value, tokens=_TOKENS.value)
     counts = [(at_s, tokens - before) for name, at_s, tokens in engine.trace.counts if name == "tokens"]
     later = [each for each in counts if each[1] >= count * _TOKENS.value / 2]
     (begin_s, first), (end_s, last) = later[0], later[-1]

@@ -27,7 +27,7 @@ import hetero_jax as hj
 from experiments.delay_proxy import wire
 from experiments.markdown import print_header, print_row
 from experiments.pinned_worker import pinned_worker
-from experiments.plain_decoder import HEAD_DIM, VOCAB, forward, params
+from experiments.plain_decoder import HEAD_DIM, forward, generate, params
 from experiments.polled import polled
 
 _POINTS = flags.DEFINE_list(
@@ -90,11 +90,9 @@ def _balance(address: str, width: int, count: int, context: int, microbatches: i
         max_num_seqs=count,
         max_model_len=context + tokens + 1,
     )
-    chance = np.random.default_rng(0)
-    prompts = [chance.integers(0, VOCAB, context).tolist() for _ in range(count)]
     engine.trace = trace = hj.Trace()
     with _processor_times() as times:
-        list(engine.generate(prompts, hj.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)))
+        generate(engine, sequences=count, context=context, tokens=tokens)
     # While all decode, without the first of these steps, which compile.
     counted = [(at_s, value) for name, at_s, value in trace.counts if name == "tokens"]
     inner = [each for each in counted if 0.3 <= (each[1] / count - ahead / 2) / steps <= 0.9]

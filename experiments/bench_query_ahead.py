@@ -12,14 +12,13 @@ import math
 import os
 import statistics
 
-import numpy as np
 from absl import app, flags
 
 import hetero_jax as hj
 from experiments.delay_proxy import wire
 from experiments.markdown import print_header, print_row
 from experiments.pinned_worker import pinned_worker
-from experiments.plain_decoder import VOCAB, forward, params
+from experiments.plain_decoder import forward, generate, params
 
 _GBITS = flags.DEFINE_list("gbit_per_s", ["1", "2.5", "10", "inf"], "Of the wire, each way; inf: no limit.")
 _MICROBATCHES = flags.DEFINE_list("microbatches", ["1", "2"], "In flight.")
@@ -58,9 +57,7 @@ def _step_ms(address: str, microbatches: int, query_ahead_s: float) -> float:
     most = _CONTEXT.value + _TOKENS.value
     engine = hj.Engine(hj.partition(forward, params(_HIDDEN, _LAYERS, heads=_HEADS.value), max_rows=most), config)
     engine.trace = hj.Trace()
-    chance = np.random.default_rng(0)
-    prompts = [chance.integers(0, VOCAB, _CONTEXT.value).tolist() for _ in range(_SEQUENCES.value)]
-    list(engine.generate(prompts, hj.SamplingParams(max_tokens=_TOKENS.value, temperature=0, ignore_eos=True)))
+    generate(engine, sequences=_SEQUENCES.value, context=_CONTEXT.value, tokens=_TOKENS.value)
     counts = [(at_s, tokens) for name, at_s, tokens in engine.trace.counts if name == "tokens"]
     all_ = _SEQUENCES.value * _TOKENS.value
     later = [each for each in counts if 0.5 <= each[1] / all_ <= 0.85]  # nearly all decode, and none has ended

@@ -16,7 +16,7 @@ from absl import app, flags
 
 import hetero_jax as hj
 from experiments.markdown import print_header, print_row
-from experiments.plain_decoder import VOCAB, forward, params
+from experiments.plain_decoder import forward, generate, params
 
 _SEQUENCES = flags.DEFINE_integer("sequences", 24, "Of the job.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", 2048, "Tokens of each prompt.", lower_bound=1)
@@ -44,20 +44,15 @@ def _run(windows: tuple[int | None, ...]) -> list[str]:
     memory = _FITTING.value * (-(-length // _PAGE) + 1) * _PAGE * plan.kv_bytes_per_token(4)
     config = hj.EngineConfig(kv_cache_bytes=memory, page_size=_PAGE, num_microbatches=1, enable_prefix_caching=False)
     engine = hj.Engine(plan, config)
-    _generate(engine)  # compiles
+    run = functools.partial(generate, engine, sequences=_SEQUENCES.value, context=_CONTEXT.value, tokens=_TOKENS.value)
+    run()  # compiles
     before, engine.trace, begin_s = engine.stats, hj.Trace(), time.perf_counter()
-    _generate(engine)
+    run()
     seconds, stats = time.perf_counter() - begin_s, engine.stats
     tokens = [value for name, _, value in engine.trace.counts if name == "tokens"]
     counts = [max(np.diff(tokens)), stats.steps - before.steps, stats.preemptions - before.preemptions]
     rate = (stats.tokens_generated - before.tokens_generated) / seconds
     return [f"{memory / 2**20:.0f}", *(f"{count:.0f}" for count in counts), f"{seconds:.1f}", f"{rate:.0f}"]
-
-
-def _generate(engine: hj.Engine) -> None:
-    chance = np.random.default_rng(0)
-    prompts = [chance.integers(0, VOCAB, _CONTEXT.value).tolist() for _ in range(_SEQUENCES.value)]
-    list(engine.generate(prompts, hj.SamplingParams(max_tokens=_TOKENS.value, temperature=0, ignore_eos=True)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import queue
 import socket
@@ -11,6 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+from experiments.echo_process import process
 
 _CHUNK_BYTES = 1 << 18
 _PACED_BYTES = 1 << 14  # of a thin wire: small enough to come evenly
@@ -20,21 +22,14 @@ _PACED_BYTES = 1 << 14  # of a thin wire: small enough to come evenly
 def wire(address: str, *, one_way_s: float = 0.0, bytes_per_s: float = math.inf) -> Iterator[str]:
     """The address of a proxy to a server, in a process of its own on any core."""
     host, _, port = address.rpartition(":")
-    listener = socket.create_server(("127.0.0.1", 0))
-    context = multiprocessing.get_context("spawn")
-    args = (listener, (host, int(port)), one_way_s, bytes_per_s)
-    process = context.Process(target=_serve, args=args, daemon=True)
-    process.start()
-    try:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        process.kill()
-        process.join()
-        listener.close()
+    with process(_serve, (host, int(port)), one_way_s, bytes_per_s) as own_port:
+        yield f"127.0.0.1:{own_port}"
 
 
-def _serve(listener: socket.socket, target: tuple[str, int], one_way_s: float, bytes_per_s: float) -> None:
+def _serve(pipe: Connection, target: tuple[str, int], one_way_s: float, bytes_per_s: float) -> None:
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    listener = socket.create_server(("127.0.0.1", 0))
+    pipe.send(listener.getsockname()[1])
     while True:
         near, _ = listener.accept()
         far = socket.create_connection(target)

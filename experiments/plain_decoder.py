@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import hetero_jax as hj
+
 VOCAB, HEAD_DIM = 1024, 64
 
 
@@ -48,6 +50,13 @@ def forward(
         x = x + out.reshape(*x.shape[:2], -1) @ layer["out"]
         x = x + jax.nn.silu(_norm(x) @ layer["up"]) @ layer["down"]
     return _norm(x) @ params["embed"].T
+
+
+def generate(engine: hj.Engine, *, sequences: int, context: int, tokens: int) -> None:
+    """So many tokens of each sequence, greedily, behind prompts of `context` random tokens: always the same ones."""
+    chance = np.random.default_rng(0)
+    prompts = [chance.integers(0, VOCAB, context).tolist() for _ in range(sequences)]
+    list(engine.generate(prompts, hj.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)))
 
 
 def _norm(x: jax.Array) -> jax.Array:

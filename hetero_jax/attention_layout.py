@@ -9,7 +9,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from partition import AttentionSpec
 
 # Rows of one prefill tile; a longer chunk is several tiles, so that a call's shapes stay few.
 TILE_ROWS = 64
@@ -39,6 +42,14 @@ class AttentionLayout:
     decode: Any
     tile_sequence: Any
     tile_offset: Any
+
+
+def appending_nothing(
+    layout: AttentionLayout, q: jax.Array, spec: AttentionSpec
+) -> tuple[AttentionLayout, jax.Array, jax.Array]:
+    """The layout of a call of these queries that appends no rows, and its k and v: the pool has them, or will."""
+    k, v = (jnp.zeros((0, spec.num_kv_heads, dim), q.dtype) for dim in (spec.head_dim, spec.v_head_dim))
+    return dataclasses.replace(layout, row_slot=layout.row_slot[:0]), k, v
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

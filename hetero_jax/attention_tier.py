@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import warnings
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetero_jax import attention, native_attention, pool_pages, traced_attention
-from hetero_jax.attention_layout import AttentionLayout, GroupedLayout
+from hetero_jax.attention_layout import AttentionLayout, GroupedLayout, appending_nothing
 from hetero_jax.described_site import DescribedSite
 from hetero_jax.devices import are_ready, land, start_copy
 from hetero_jax.errors import ConfigError
@@ -278,14 +277,9 @@ class _SpecKernel:
         sinks = weights[0] if self._spec.has_sinks else None
         q, *kv = inputs
         if not kv:
-            kv, layout = self._nothing(q), dataclasses.replace(layout, row_slot=layout.row_slot[:0])
+            layout, *kv = appending_nothing(layout, q, self._spec)
         pool, out = self._module.paged_attention(pool, q, *kv, layout, self._spec, sinks=sinks, **begun)
         return pool, (out,)
-
-    def _nothing(self, q: jax.Array) -> list[jax.Array]:
-        """No keys and no values."""
-        dims = (self._spec.head_dim, self._spec.v_head_dim)
-        return [jnp.zeros((0, self._spec.num_kv_heads, dim), q.dtype) for dim in dims]
 
 
 class _TracedKernel:

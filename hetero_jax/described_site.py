@@ -44,7 +44,7 @@ class DescribedSite:
     @property
     def page_shape(self) -> Any:
         """Equal for sites that can share an array of pages."""
-        return self.spec.num_kv_heads, self.spec.head_dim, self.spec.v_head_dim
+        return self.spec.kept_shape
 
     def kernel_weights(self, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """As of `PlannedSite`."""

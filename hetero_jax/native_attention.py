@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetero_jax.attention_layout import AttentionLayout
+from hetero_jax.attention_layout import AttentionLayout, appending_nothing
 from partition import AttentionSpec
 
 BLOCK = 16
@@ -212,8 +212,7 @@ def attend_behind(
       As `paged_attention`.
     """
     shape = (q.shape[0], site.num_heads, _round_up(site.v_head_dim, BLOCK) + _PARTIAL_TAIL)
-    none = [jnp.zeros((0, site.num_kv_heads, dim), q.dtype) for dim in (site.head_dim, site.v_head_dim)]
-    layout = dataclasses.replace(layout, row_slot=layout.row_slot[:0])
+    layout, *none = appending_nothing(layout, q, site)
     results = (_NOTHING, _NOTHING, _NOTHING, jax.ShapeDtypeStruct(shape, jnp.float32))
     return _call(results, pool, (q, *none), layout, site, None, None, isa=isa, threads=threads)[-1]
 

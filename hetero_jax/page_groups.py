@@ -74,8 +74,7 @@ def _positions_seen(sites: Sequence[PlannedSite], most: int) -> dict[Any, int]:
 
 def _page_shape(site: PlannedSite) -> Any:
     """Equal for sites that can share an array."""
-    spec = site.spec
-    return site.cache_key if spec is None else (spec.num_kv_heads, spec.head_dim, spec.v_head_dim)
+    return site.cache_key if site.spec is None else site.spec.kept_shape
 
 
 def _group_size(counts: Mapping[int, int]) -> int:

@@ -29,6 +29,11 @@ class AttentionSpec:
     alibi_slopes: tuple[float, ...] | None = None
     has_sinks: bool = False
 
+    @property
+    def kept_shape(self) -> tuple[int, int, int]:
+        """KV heads and the dimensions of keys and of values: sites equal in it keep alike."""
+        return self.num_kv_heads, self.head_dim, self.v_head_dim
+
 
 def reference_attention(
     spec: AttentionSpec,
